@@ -1,0 +1,35 @@
+"""Recorded signals that ship inside installed libraries, so that nothing is downloaded."""
+
+import importlib
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def electrocardiogram() -> tuple[Float[Tensor, " samples"], float]:
+    """Return an electrocardiogram of 1024 samples and its sampling rate.
+
+    The recording is `pywt.data.ecg` of PyWavelets, which gives neither unit nor rate. The rate
+    returned, 360 Hz, is an inference: the mains hum in the recording sits at one sixth of the
+    sampling rate, and American mains hum at 60 Hz (chapter 1 shows it). The MIT-BIH Arrhythmia
+    Database (Moody and Mark 2001) was recorded at that rate.
+
+    Returns:
+        The signal, float64, in the recorder's units with their mean removed, and the rate in Hz.
+
+    Raises:
+        ImportError: PyWavelets is not installed.
+    """
+    signal = torch.as_tensor(_library("pywt.data").ecg(), dtype=torch.float64)
+    return signal - signal.mean(), 360.0
+
+
+def _library(module: str):
+    """Import a library that brings data; say how to get it where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{module} is not installed; it comes with pip install 'mamba-tutorial[notebooks]'"
+        ) from error

@@ -1,0 +1,161 @@
+"""From continuous time to steps of length Δ: (A, B, Δ) → (Ā, B̄).
+
+The continuous system h'(t) = A h(t) + B x(t) becomes the recurrence h_k = Ā h_{k−1} + B̄ x_k.
+Three rules, one signature:
+
+- `zoh`, the zero-order hold: exact for an input that is constant during each step.
+  Used by S4D and, for Ā, by Mamba.
+- `bilinear`, or Tustin: the trapezoidal rule. Used by the original S4.
+- `euler`: one step along the tangent. Mamba's released code uses it for B̄ alone.
+
+Each takes dense matrices or, with `diagonal=True`, the diagonals only. Each broadcasts over
+leading batch axes, works in float32, float64 and complex, and is differentiable in A, B and Δ.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Inexact
+from torch import Tensor
+
+from mamba_tutorial._check import check_shape, check_square, check_step, check_tensors
+
+Step = float | int | Float[Tensor, "*#batch"]
+Matrix = Inexact[Tensor, "*#batch state state"] | Inexact[Tensor, "*#batch state"]
+Inputs = Inexact[Tensor, "*#batch state inputs"] | Inexact[Tensor, "*#batch state"]
+
+
+def zoh(A: Matrix, B: Inputs, dt: Step, *, diagonal: bool = False) -> tuple[Tensor, Tensor]:
+    r"""Discretise with a zero-order hold: the input is constant during each step.
+
+        Ā = exp(Δ A),    B̄ = (∫₀^Δ exp(s A) ds) B  [= A⁻¹ (Ā − I) B  when A can be inverted]
+
+    The integral is Δ · exprel(Δ A), see `exprel` and `matrix_exp_and_exprel`. It is never
+    computed through A⁻¹, so a singular A is as exact as any other.
+
+    Args:
+        A: (..., state, state), or (..., state) when diagonal. In 1 / (unit of Δ).
+        B: (..., state, inputs), or (..., state) when diagonal; of A's dtype and device.
+        dt: the step Δ > 0, a number or a real tensor of the batch shape (...).
+        diagonal: A and B are the diagonal of A and the one column of B.
+
+    Returns:
+        Ā and B̄, shaped like A and B with the batch axes of A, B and dt broadcast together.
+
+    Raises:
+        TypeError: an argument has a dtype that is not floating or complex, or not that of A.
+        ValueError: a shape does not fit, a value is NaN or infinite, Δ ≤ 0, devices differ.
+    """
+    dt = _check(A, B, dt, diagonal)
+    if diagonal:
+        z = dt[..., None] * A
+        return torch.exp(z), dt[..., None] * exprel(z) * B
+    dt = dt[..., None, None]
+    A_bar, mean = matrix_exp_and_exprel(dt * A)
+    return A_bar, dt * mean @ B
+
+
+def bilinear(A: Matrix, B: Inputs, dt: Step, *, diagonal: bool = False) -> tuple[Tensor, Tensor]:
+    r"""Discretise with the bilinear (Tustin, trapezoidal) rule.
+
+        Ā = (I − Δ/2 A)⁻¹ (I + Δ/2 A),    B̄ = (I − Δ/2 A)⁻¹ Δ B
+
+    The slope over a step is the mean of the slopes at its two ends, with the input held. Maps
+    the left half-plane onto the unit disc, so a stable system stays stable for every Δ. This is
+    the rule of S4 (Gu et al. 2022, equation 3).
+
+    Args, Returns and Raises are those of `zoh`; in addition:
+
+    Raises:
+        ValueError: Δ A has an eigenvalue of exactly 2, where the rule is undefined.
+    """
+    dt = _check(A, B, dt, diagonal)
+    if diagonal:
+        half = dt[..., None] / 2 * A
+        _check_bilinear((half != 1).all())
+        return (1 + half) / (1 - half), dt[..., None] * B / (1 - half)
+    identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    dt = dt[..., None, None]
+    left = identity - dt / 2 * A
+    factors, pivots, info = torch.linalg.lu_factor_ex(left)
+    _check_bilinear((info == 0).all())
+    A_bar = torch.linalg.lu_solve(factors, pivots, (identity + dt / 2 * A).expand_as(left))
+    return A_bar, torch.linalg.lu_solve(factors, pivots, dt * B)
+
+
+def euler(A: Matrix, B: Inputs, dt: Step, *, diagonal: bool = False) -> tuple[Tensor, Tensor]:
+    r"""Discretise with the forward Euler rule: follow the tangent for one step.
+
+        Ā = I + Δ A,    B̄ = Δ B
+
+    A stable mode λ stays stable only while |1 + Δ λ| < 1.
+
+    Args, Returns and Raises are those of `zoh`.
+    """
+    dt = _check(A, B, dt, diagonal)
+    if diagonal:
+        return 1 + dt[..., None] * A, dt[..., None] * B
+    identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    dt = dt[..., None, None]
+    return identity + dt * A, dt * B
+
+
+METHODS = {"zoh": zoh, "bilinear": bilinear, "euler": euler}
+
+
+def exprel(z: Inexact[Tensor, "*shape"]) -> Inexact[Tensor, "*shape"]:
+    """Return (eᶻ − 1) / z, elementwise, with the value 1 at z = 0.
+
+    The relative exponential, as in `scipy.special.exprel`; here also complex, and with exact
+    derivatives. Near 0 both the quotient and its derivative cancel, so for |z| < ½ it is the
+    Taylor series Σ zʲ / (j + 1)!, whose 15 terms reach the last bit of float64.
+    """
+    small = z.abs() < 0.5
+    near = torch.where(small, z, torch.zeros_like(z))  # each branch sees only its own range,
+    far = torch.where(small, torch.ones_like(z), z)  # or NaN would leak into the gradient
+    series = torch.ones_like(z)
+    for j in range(15, 1, -1):
+        series = 1 + series * near / j
+    return torch.where(small, series, torch.expm1(far) / far)
+
+
+def matrix_exp_and_exprel(
+    Z: Inexact[Tensor, "*batch state state"],
+) -> tuple[Inexact[Tensor, "*batch state state"], Inexact[Tensor, "*batch state state"]]:
+    """Return exp(Z) and exprel(Z) = ∫₀¹ exp(s Z) ds of square matrices.
+
+    Both are blocks of one exponential, exp([[Z, I], [0, 0]]) = [[exp(Z), exprel(Z)], [0, I]]
+    (Van Loan 1978, with the identity in the place of B).
+    """
+    state = Z.shape[-1]
+    identity = torch.eye(state, dtype=Z.dtype, device=Z.device).expand_as(Z)
+    # The identity also keeps the norm of the block at 1 or more, where torch.matrix_exp is
+    # accurate to rounding; for matrices of small norm it is not.
+    block = F.pad(torch.cat([Z, identity], dim=-1), (0, 0, 0, state))
+    exponential = torch.matrix_exp(block)
+    return exponential[..., :state, :state], exponential[..., :state, state:]
+
+
+def _check(A: Tensor, B: Tensor, dt: Step, diagonal: bool) -> Tensor:
+    """Check the arguments that the three rules share; return dt as a tensor."""
+    check_tensors(A=A, B=B)
+    if diagonal:
+        check_shape("A", A, "state")
+        check_shape("B", B, "state", state=A.shape[-1])
+    else:
+        check_square("A", A)
+        check_shape("B", B, "state inputs", state=A.shape[-1])
+    dt = check_step(dt, like=A)
+    axes = 1 if diagonal else 2
+    batches = [A.shape[:-axes], B.shape[:-axes], dt.shape]
+    try:
+        torch.broadcast_shapes(*batches)
+    except RuntimeError:
+        given = ", ".join(f"{n} {tuple(b)}" for n, b in zip(("A", "B", "dt"), batches, strict=True))
+        raise ValueError(f"batch axes do not broadcast together: {given}") from None
+    return dt
+
+
+def _check_bilinear(invertible: Tensor) -> None:
+    if not invertible:
+        needed = "expected I - dt/2 A to be invertible; choose another dt or use zoh"
+        raise ValueError(f"dt makes 2 an eigenvalue of dt A, {needed}")

@@ -1,0 +1,403 @@
+"""The pictures of the chapters. Each function takes arrays and returns a Figure.
+
+Importing this module sets the book's style. Colours keep apart in every common form of colour
+blindness and differ in lightness, and lines differ in dash, so a picture survives a grey
+printer. The background is white; the book's style sheet turns it dark where the page is.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+import matplotlib.pyplot as plt
+import numpy as np
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from matplotlib.ticker import NullFormatter
+from numpy.typing import ArrayLike
+
+INK, BLUE, ORANGE, TEAL, PLUM, GREY = (
+    "#1b1f24",
+    "#1f5fa8",
+    "#d9731a",
+    "#1d9a83",
+    "#8a3f8f",
+    "#8a9099",
+)
+PALE = "#e8edf3"
+WIDTH = 8.0  # inches: the width of a page's text
+
+plt.rcParams.update(
+    {
+        "figure.dpi": 150,
+        "figure.figsize": (WIDTH, 3.2),
+        "figure.constrained_layout.use": True,
+        "font.size": 10.5,
+        "mathtext.fontset": "cm",
+        "axes.prop_cycle": cycler(
+            color=[BLUE, ORANGE, TEAL, PLUM], linestyle=["-", "--", "-.", (0, (1, 1.2))]
+        ),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": GREY,
+        "axes.labelcolor": INK,
+        "axes.titlesize": 10.5,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "lines.linewidth": 1.7,
+        "legend.frameon": False,
+        "legend.fontsize": 9.5,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "text.color": INK,
+    }
+)
+
+Panels = Mapping[str, Mapping[str, ArrayLike]]
+
+
+def time_series(
+    t: ArrayLike, panels: Panels, *, xlabel: str = "time (s)", height: float = 1.7, held=()
+) -> Figure:
+    """Draw panels of labelled signals over one time axis, one panel below the other.
+
+    Args:
+        t: (length,), the times of the samples.
+        panels: for each panel its y label and its signals, {ylabel: {label: (length,)}}.
+        xlabel: label of the time axis.
+        height: height of a panel in inches.
+        held: labels of the signals to draw as staircases, each sample kept until the next.
+    """
+    figure, axes = plt.subplots(
+        len(panels), sharex=True, squeeze=False, figsize=(WIDTH, height * len(panels) + 0.4)
+    )
+    for ax, (ylabel, signals) in zip(axes[:, 0], panels.items(), strict=True):
+        for label, signal in signals.items():
+            style = "steps-post" if label in held else "default"
+            ax.plot(t, np.asarray(signal), label=label, drawstyle=style)
+        ax.set_ylabel(ylabel)
+        ax.margins(x=0)
+        if len(signals) > 1:
+            ax.legend(loc="upper right", ncols=len(signals))
+    axes[-1, 0].set_xlabel(xlabel)
+    return figure
+
+
+def maze(walls: Sequence[str], paths: Mapping[str, Sequence[tuple[int, int]]]) -> Figure:
+    """Draw a maze, given as rows of "#" (wall) and "." (floor), and labelled walks through it."""
+    rows, columns = len(walls), len(walls[0])
+    figure, ax = plt.subplots(figsize=(WIDTH, 2.9))
+    for r, row in enumerate(walls):
+        for c, cell in enumerate(row):
+            if cell == "#":
+                ax.add_patch(Rectangle((c - 0.5, r - 0.5), 1, 1, color=PALE, ec=GREY, lw=0.4))
+    for (label, cells), shift in zip(paths.items(), (-0.12, 0.12), strict=False):
+        r, c = np.array(cells).T + shift
+        (line,) = ax.plot(c, r, label=label, lw=2.4)
+        ax.plot(c[0], r[0], "o", color=line.get_color(), ms=9)
+    end = next(iter(paths.values()))[-1]
+    ax.add_patch(Rectangle((end[1] - 0.5, end[0] - 0.5), 1, 1, fill=False, ec=INK, lw=2))
+    ax.annotate(
+        "the same state",
+        (end[1], end[0] + 0.5),
+        (end[1], rows - 0.1),
+        ha="center",
+        va="top",
+        arrowprops={"arrowstyle": "-", "color": INK},
+    )
+    ax.set(xlim=(-0.5, columns - 0.5), ylim=(rows + 0.35, -0.5), aspect="equal")
+    ax.axis("off")
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.6), fontsize=10.5)
+    _keep_width(figure)
+    return figure
+
+
+def block_diagram() -> Figure:
+    """Draw the block diagram of h' = A h + B x, y = C h + D x."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 2.9))
+    top, low = 1.75, 0.45
+    _box(ax, (2.0, top), "$B$")
+    _sum(ax, (3.3, top))
+    _box(ax, (4.9, top), r"$\int$", color=ORANGE)
+    _box(ax, (7.2, top), "$C$")
+    _sum(ax, (8.5, top))
+    _box(ax, (4.9, low), "$A$")
+    _box(ax, (4.9, 2.95), "$D$", dashed=True)
+    _arrow(ax, (0.5, top), (1.55, top), "$x(t)$", at=(0.15, top))
+    _arrow(ax, (2.45, top), (3.13, top))
+    _arrow(ax, (3.47, top), (4.45, top), "$h'(t)$", at=(3.95, top + 0.2))
+    _arrow(ax, (5.35, top), (6.75, top), "$h(t)$", at=(6.0, top + 0.2))
+    _arrow(ax, (7.65, top), (8.33, top))
+    _arrow(ax, (8.67, top), (9.6, top), "$y(t)$", at=(9.95, top))
+    _path(ax, [(6.3, top), (6.3, low), (5.35, low)])
+    _path(ax, [(4.45, low), (3.3, low), (3.3, top - 0.17)])
+    _path(ax, [(1.0, top), (1.0, 2.95), (4.45, 2.95)], dashed=True)
+    _path(ax, [(5.35, 2.95), (8.5, 2.95), (8.5, top + 0.17)], dashed=True)
+    ax.set(xlim=(-0.2, 10.3), ylim=(0, 3.4), aspect="equal")
+    ax.axis("off")
+    return figure
+
+
+def crossing(t: ArrayLike, runs: Mapping[str, ArrayLike], at: tuple[float, float]) -> Figure:
+    """Draw curves that meet in one marked point (time, position) and then part."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 2.6))
+    for label, run in runs.items():
+        ax.plot(t, run, label=label)
+    ax.plot(*at, "o", color=INK, ms=7, zorder=3)
+    ax.axvline(at[0], color=GREY, lw=0.8, ls=":")
+    ax.annotate("same position,\nother velocity", at, (12, 22), textcoords="offset points")
+    ax.set(xlabel="time (s)", ylabel="position (m)")
+    ax.margins(x=0)
+    ax.legend(loc="upper right")
+    return figure
+
+
+def kicks(t: ArrayLike, responses: ArrayLike, total: ArrayLike) -> Figure:
+    """Draw the fading responses (kicks, length) of a state to single kicks, and their sum."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 2.8))
+    responses = np.asarray(responses)
+    ax.fill_between(t, np.sum(responses, axis=0), color=PALE)
+    for i, response in enumerate(responses):
+        label = "one kick each, fading" if i == 0 else None
+        ax.plot(t, response, color=ORANGE, ls="--", lw=1.2, label=label)
+    ax.plot(t, total, color=BLUE, ls="-", label="the state: their sum")
+    ax.set(xlabel="time (s)", ylabel="$h(t)$")
+    ax.margins(x=0)
+    ax.legend(loc="upper left")
+    return figure
+
+
+def modes(
+    rates: Sequence[float], frequencies: Sequence[float], mode: Callable[[complex], ArrayLike]
+) -> Figure:
+    """Draw Re e^{λt} as a small picture at the place of each λ in the complex plane."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 3.9))
+    width = 0.8 * min(np.diff(sorted(rates)))
+    height = 0.62 * min(np.diff(sorted(frequencies)))
+    ax.axvspan(min(rates) - width, 0, color=PALE, zorder=0)
+    ax.axvline(0, color=GREY, lw=1)
+    ax.axhline(0, color=GREY, lw=1)
+    for rate in rates:
+        for frequency in frequencies:
+            response = np.asarray(mode(complex(rate, frequency)))
+            x = rate + width * (np.linspace(0, 1, len(response)) - 0.5)
+            color = BLUE if rate < 0 else (TEAL if rate == 0 else ORANGE)
+            shown = response / np.abs(response).max()
+            ax.plot(x, frequency + height / 2 * shown, color=color, ls="-", lw=1.3)
+            ax.plot(rate, frequency, ".", color=INK, ms=3)
+    ax.set(xlabel=r"Re $\lambda$  (how fast it grows or fades)")
+    ax.set(ylabel=r"Im $\lambda$  (how fast it turns)")
+    ax.set(xlim=(min(rates) - width, max(rates) + width))
+    ax.set(xticks=rates, yticks=frequencies)
+    for x, text in [(min(rates) / 2, "stable: fades"), (max(rates) / 2, "unstable: grows")]:
+        ax.text(x, 1.02, text, transform=ax.get_xaxis_transform(), ha="center")
+    return figure
+
+
+def phase_planes(
+    systems: Mapping[str, ArrayLike], trajectories: Mapping[str, ArrayLike], limit: float = 1.6
+) -> Figure:
+    """Draw the flow h' = A h of 2 × 2 systems, and trajectories (runs, length, 2) through it."""
+    figure, axes = plt.subplots(1, len(systems), figsize=(WIDTH, 2.75), sharey=True)
+    grid = np.linspace(-limit, limit, 13)
+    p, v = np.meshgrid(grid, grid)
+    for ax, (title, A) in zip(axes, systems.items(), strict=True):
+        dp, dv = np.einsum("ij,jkl->ikl", np.asarray(A), np.stack([p, v]))
+        length = np.hypot(dp, dv) + 1e-9
+        ax.quiver(p, v, dp / length, dv / length, color=GREY, alpha=0.55, scale=22, width=0.006)
+        for run, color in zip(np.asarray(trajectories[title]), [BLUE, ORANGE], strict=False):
+            ax.plot(run[:, 0], run[:, 1], color=color, ls="-", lw=1.4)
+            ax.plot(*run[0], "o", color=color, ms=4)
+        ax.set(title=title, xlabel="position", xlim=(-limit, limit), ylim=(-limit, limit))
+        ax.set_aspect("equal")
+    axes[0].set_ylabel("velocity")
+    return figure
+
+
+def staircase(
+    t: ArrayLike, signal: ArrayLike, sample_times: ArrayLike, samples: ArrayLike
+) -> Figure:
+    """Draw a signal, its samples, and the staircase that holds each sample until the next."""
+    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.5), sharey=True, sharex=True)
+    titles = ["a signal", "is sampled", "and held"]
+    for ax, title in zip(axes, titles, strict=True):
+        ax.plot(t, signal, color=GREY, ls="-", lw=1, alpha=1 if title == "a signal" else 0.5)
+        ax.set(title=title, xlabel="time (s)")
+    axes[1].plot(sample_times, samples, "o", color=BLUE, ms=4)
+    step = np.asarray(sample_times)[1] - np.asarray(sample_times)[0]
+    held_times = np.append(sample_times, np.asarray(sample_times)[-1] + step)
+    axes[2].plot(
+        held_times, np.append(samples, np.asarray(samples)[-1]), drawstyle="steps-post", color=BLUE
+    )
+    axes[2].plot(sample_times, samples, "o", color=BLUE, ms=4)
+    return figure
+
+
+def one_step(
+    t: ArrayLike, exact: ArrayLike, dt: float, steps: Mapping[str, float], start: float
+) -> Figure:
+    """Draw the exact path over one step, and where each rule's straight line lands."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 2.9))
+    ax.plot(t, exact, color=INK, ls="-", lw=2.2, label="exact (zero-order hold)")
+    markers = {"forward Euler": "s", "bilinear": "D"}
+    for (label, end), color in zip(steps.items(), [ORANGE, TEAL], strict=True):
+        ax.plot([0, dt], [start, end], color=color, marker=markers[label], label=label)
+    ax.axvline(dt, color=GREY, lw=0.8, ls=":")
+    ax.set(xlabel="time", ylabel="$h$", xticks=[0, dt], xticklabels=["$0$", r"$\Delta$"])
+    ax.legend(loc="upper right")
+    return figure
+
+
+def convergence(dt: ArrayLike, panels: Panels) -> Figure:
+    """Draw errors over the step on logarithmic axes, with the slopes for small steps."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.4), sharey=True)
+    for ax, (title, errors) in zip(axes, panels.items(), strict=True):
+        for (label, error), marker in zip(errors.items(), ["o", "s", "D", "^"], strict=False):
+            slope = np.polyfit(np.log(dt[-3:]), np.log(error[-3:]), 1)[0]
+            text = f"{label}, slope {slope:.1f}" if slope > 0.5 else f"{label}, exact"
+            ax.loglog(dt, error, marker=marker, ms=4, label=text)
+        ax.set(title=title, xlabel=r"step $\Delta$ (s)", ylim=(1e-16, 10))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.legend(loc="center right", bbox_to_anchor=(1.02, 0.32))
+    axes[0].set_ylabel("largest error")
+    return figure
+
+
+def stability_regions(
+    growth: Mapping[str, Callable[[np.ndarray], np.ndarray]], limit: float = 4.0
+) -> Figure:
+    """Shade where |R(z)| < 1, for each rule's growth factor R of a step z = Δ λ."""
+    figure, axes = plt.subplots(1, len(growth), figsize=(WIDTH, 3.0), sharey=True)
+    # an even number of rows, so that none lies on the real axis, where a rule may divide by zero
+    re, im = np.meshgrid(np.linspace(-limit, limit / 2, 601), np.linspace(-0.8, 0.8, 640) * limit)
+    for ax, (title, factor) in zip(axes, growth.items(), strict=True):
+        size = np.abs(factor(re + 1j * im))
+        ax.contourf(re, im, size, levels=[0, 1], colors=[PALE])
+        ax.contour(re, im, size, levels=[1], colors=[BLUE], linewidths=1.6)
+        inner = ax.contour(re, im, size, levels=[0.25, 0.5, 0.75], colors=[GREY], linewidths=0.6)
+        ax.clabel(inner, fontsize=7, fmt="%g")
+        ax.axvline(0, color=INK, lw=0.7)
+        ax.axhline(0, color=INK, lw=0.7)
+        ax.set(title=title, xlabel=r"Re $\Delta\lambda$")
+        ax.set_aspect("equal")
+    axes[0].set_ylabel(r"Im $\Delta\lambda$")
+    _keep_width(figure)
+    return figure
+
+
+def descent(
+    grid: ArrayLike, loss: ArrayLike, paths: Mapping[str, tuple[ArrayLike, ArrayLike]], true: float
+) -> Figure:
+    """Draw a loss over Δ with the places that descents passed, and Δ over their iterations."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.0))
+    left.loglog(grid, loss, color=GREY, ls="-", lw=1.2)
+    for (label, (dt, losses)), marker in zip(paths.items(), ["o", "s", "D"], strict=False):
+        (line,) = left.plot(dt, losses, marker=marker, ms=3, lw=0, label=label)
+        right.semilogy(dt, label=label, color=line.get_color())
+    left.axvline(true, color=INK, lw=0.8, ls=":")
+    right.axhline(true, color=INK, lw=0.8, ls=":")
+    left.set(xlabel=r"$\Delta$ (s)", ylabel="loss", title="where the descents pass")
+    right.set(xlabel="iteration", ylabel=r"$\Delta$ (s)", title="how they get there")
+    right.legend(loc="best")
+    return figure
+
+
+@dataclass(frozen=True, repr=False)
+class Slider:
+    """A picture with one slider, drawn in the page by a few lines of JavaScript.
+
+    Shows curves over a shared x axis for each position of the slider. Needs no network and no
+    running kernel: all positions are computed before. Built by `slider`.
+    """
+
+    data: dict
+
+    def __repr__(self) -> str:
+        return f"<{self.data['label']}: a figure with a slider of {len(self.data['values'])} steps>"
+
+    def _repr_html_(self) -> str:
+        template = files("mamba_tutorial").joinpath("slider.html").read_text(encoding="utf-8")
+        return template.replace("{{data}}", json.dumps(self.data, separators=(",", ":")))
+
+
+def slider(
+    x: ArrayLike,
+    fixed: Mapping[str, ArrayLike],
+    moving: Mapping[str, ArrayLike],
+    *,
+    label: str,
+    values: Sequence[float],
+    notes: Sequence[str],
+    start: int,
+    xlabel: str,
+    description: str,
+) -> Slider:
+    """Draw held signals as staircases, some fixed and some that move with a slider.
+
+    Args:
+        x: (length,), the positions of the samples.
+        fixed: signals that stay, {label: (length,)}.
+        moving: signals for each value of the slider, {label: (values, length)}.
+        label: what the slider sets, such as "Δ".
+        values: its values, in order.
+        notes: what to say under the picture at each value.
+        start: the index of the value that is shown first.
+        xlabel: label of the x axis.
+        description: what the picture shows, for those who cannot see it.
+    """
+    return Slider(
+        {
+            "x": _short(x),
+            "fixed": {name: _short(curve) for name, curve in fixed.items()},
+            "moving": {name: [_short(c) for c in curves] for name, curves in moving.items()},
+            "label": label,
+            "values": [f"{value:.3g}" for value in values],
+            "notes": list(notes),
+            "start": start,
+            "xlabel": xlabel,
+            "description": description,
+        }
+    )
+
+
+def _short(values: ArrayLike) -> list[float]:
+    """Round to what a screen can show, to keep the page small."""
+    return [round(float(v), 3) for v in np.asarray(values)]
+
+
+def _keep_width(figure: Figure):
+    """Keep the margins of a picture narrower than the text, which notebooks would cut away."""
+    page = Rectangle((0, 0), 1, 1, transform=figure.transFigure, fill=False, linewidth=0)
+    figure.add_artist(page)
+
+
+def _box(ax: Axes, centre: tuple[float, float], text: str, color: str = BLUE, dashed=False):
+    x, y = centre
+    box = FancyBboxPatch((x - 0.4, y - 0.3), 0.8, 0.6, boxstyle="round,pad=0.03,rounding_size=0.08")
+    box.set(facecolor="white", edgecolor=color, linewidth=1.6, linestyle="--" if dashed else "-")
+    ax.add_patch(box)
+    ax.text(x, y, text, ha="center", va="center", fontsize=14)
+
+
+def _sum(ax: Axes, centre: tuple[float, float]):
+    ax.add_patch(plt.Circle(centre, 0.17, facecolor="white", edgecolor=INK, linewidth=1.4))
+    ax.text(*centre, "+", ha="center", va="center_baseline", fontsize=12)
+
+
+def _arrow(ax: Axes, start, end, text: str = "", at=None, dashed: bool = False):
+    style = {"arrowstyle": "-|>", "mutation_scale": 12, "shrinkA": 0, "shrinkB": 0}
+    ax.add_patch(
+        FancyArrowPatch(start, end, color=INK, lw=1.2, ls="--" if dashed else "-", **style)
+    )
+    if text:
+        ax.text(*at, text, ha="center", va="center", fontsize=13)
+
+
+def _path(ax: Axes, points: Sequence[tuple[float, float]], dashed: bool = False):
+    """Draw a line through the points, with an arrow head at the last one."""
+    *_, before, end = points
+    ax.plot(*zip(*points[:-1], strict=True), color=INK, lw=1.2, ls="--" if dashed else "-")
+    _arrow(ax, before, end, dashed=dashed)
