@@ -201,7 +201,7 @@ def phase_planes(
     systems: Mapping[str, ArrayLike], trajectories: Mapping[str, ArrayLike], limit: float = 1.6
 ) -> Figure:
     """Draw the flow h' = A h of 2 × 2 systems, and trajectories (runs, length, 2) through it."""
-    figure, axes = plt.subplots(1, len(systems), figsize=(WIDTH, 2.75), sharey=True)
+    figure, axes = _side_by_side(len(systems), height=2.75)
     grid = np.linspace(-limit, limit, 13)
     p, v = np.meshgrid(grid, grid)
     for ax, (title, A) in zip(axes, systems.items(), strict=True):
@@ -221,7 +221,7 @@ def staircase(
     t: ArrayLike, signal: ArrayLike, sample_times: ArrayLike, samples: ArrayLike
 ) -> Figure:
     """Draw a signal, its samples, and the staircase that holds each sample until the next."""
-    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.5), sharey=True, sharex=True)
+    figure, axes = _side_by_side(3, height=2.5)
     titles = ["a signal", "is sampled", "and held"]
     for ax, title in zip(axes, titles, strict=True):
         ax.plot(t, signal, color=GREY, ls="-", lw=1, alpha=1 if title == "a signal" else 0.5)
@@ -243,7 +243,7 @@ def one_step(
     figure, ax = plt.subplots(figsize=(WIDTH, 2.9))
     ax.plot(t, exact, color=INK, ls="-", lw=2.2, label="exact (zero-order hold)")
     markers = {"forward Euler": "s", "bilinear": "D"}
-    for (label, end), color in zip(steps.items(), [ORANGE, TEAL], strict=True):
+    for (label, end), color in zip(steps.items(), [ORANGE, TEAL], strict=False):
         ax.plot([0, dt], [start, end], color=color, marker=markers[label], label=label)
     ax.axvline(dt, color=GREY, lw=0.8, ls=":")
     ax.set(xlabel="time", ylabel="$h$", xticks=[0, dt], xticklabels=["$0$", r"$\Delta$"])
@@ -253,7 +253,7 @@ def one_step(
 
 def convergence(dt: ArrayLike, panels: Panels) -> Figure:
     """Draw errors over the step on logarithmic axes, with the slopes for small steps."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.4), sharey=True)
+    figure, axes = _side_by_side(len(panels), height=3.4)
     for ax, (title, errors) in zip(axes, panels.items(), strict=True):
         for (label, error), marker in zip(errors.items(), ["o", "s", "D", "^"], strict=False):
             slope = np.polyfit(np.log(dt[-3:]), np.log(error[-3:]), 1)[0]
@@ -270,7 +270,7 @@ def stability_regions(
     growth: Mapping[str, Callable[[np.ndarray], np.ndarray]], limit: float = 4.0
 ) -> Figure:
     """Shade where |R(z)| < 1, for each rule's growth factor R of a step z = Δ λ."""
-    figure, axes = plt.subplots(1, len(growth), figsize=(WIDTH, 3.0), sharey=True)
+    figure, axes = _side_by_side(len(growth), height=3.0)
     # an even number of rows, so that none lies on the real axis, where a rule may divide by zero
     re, im = np.meshgrid(np.linspace(-limit, limit / 2, 601), np.linspace(-0.8, 0.8, 640) * limit)
     for ax, (title, factor) in zip(axes, growth.items(), strict=True):
@@ -366,6 +366,11 @@ def slider(
 def _short(values: ArrayLike) -> list[float]:
     """Round to what a screen can show, to keep the page small."""
     return [round(float(v), 3) for v in np.asarray(values)]
+
+
+def _side_by_side(count: int, height: float) -> tuple[Figure, np.ndarray]:
+    figure, axes = plt.subplots(1, count, figsize=(WIDTH, height), sharey=True, squeeze=False)
+    return figure, axes[0]
 
 
 def _keep_width(figure: Figure):

@@ -1,4 +1,4 @@
-"""What the book's pages need beyond Jupyter Book: the map of ideas, and cleaner page heads."""
+"""What the pages need beyond Jupyter Book: the map of ideas, and cleaner page heads."""
 
 from html import escape
 from pathlib import Path
@@ -13,17 +13,21 @@ DRAWINGS = Path(__file__).parent / "drawings"
 class IdeaMap(SphinxDirective):
     """Draw the steps of the book as boxes joined by arrows.
 
-    The body is a YAML list. Each step has a `title`, an `idea`, a `page` (a document beside this
-    one), a `drawing` (an SVG file beside this extension) and, but for the first, `removes`: the
-    limit of the step before that it takes away. A box leads to its page once the page exists.
+    The body is a YAML list. Each step has a `title`, an `idea`, a `page` (a document
+    beside this one), a `drawing` (an SVG file beside this extension) and, but for the
+    first, `removes`: the limit of the step before that it takes away. A box leads to its
+    page once the page exists.
     """
 
     has_content = True
 
     def run(self) -> list[nodes.Node]:
         """Return the map as one block of HTML."""
+        self.env.note_reread()  # a chapter may have been written since the last build
         steps = yaml.safe_load("\n".join(self.content))
-        items = "".join(self._item(number, step) for number, step in enumerate(steps, start=1))
+        items = "".join(
+            self._item(number, step) for number, step in enumerate(steps, start=1)
+        )
         return [nodes.raw("", f'<ol class="idea-map">{items}</ol>', format="html")]
 
     def _item(self, number: int, step: dict) -> str:
@@ -35,7 +39,8 @@ class IdeaMap(SphinxDirective):
         drawing = (DRAWINGS / f"{step['drawing']}.svg").read_text(encoding="utf-8")
         state = "" if written else '<span class="unwritten">being written</span>'
         box = (
-            f'{drawing}<span class="title"><b>{number}</b> {escape(step["title"])}</span>'
+            f"{drawing}"
+            f'<span class="title"><b>{number}</b> {escape(step["title"])}</span>'
             f'<span class="idea">{escape(step["idea"])}</span>{state}'
         )
         if written:
@@ -47,8 +52,8 @@ class IdeaMap(SphinxDirective):
 def drop_unused_scripts(app, pagename, templatename, context, doctree) -> None:
     """Keep each script once, and none of Thebe, which the book does not use.
 
-    Sphinx 7 puts the scripts of some extensions on a page twice, and Thebe's settings name an
-    outside host.
+    Sphinx 7 puts the scripts of some extensions on a page twice, and Thebe's settings name
+    an outside host.
     """
     kept = {}
     for script in context.get("script_files", []):
@@ -65,4 +70,8 @@ def setup(app) -> dict:
     """Register with Sphinx."""
     app.add_directive("idea-map", IdeaMap)
     app.connect("html-page-context", drop_unused_scripts, priority=900)
-    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
+    return {
+        "version": "1",
+        "parallel_read_safe": True,
+        "parallel_write_safe": True,
+    }

@@ -1,0 +1,46 @@
+# Needs Python 3.10 to 3.13 and GNU make. Everything else is installed into .venv, once.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+READY := .venv/ready
+HOME_PAGE := $(CURDIR)/_build/html/index.html
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# a kernel must not compete with itself for the two cores that the book promises
+export OMP_NUM_THREADS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help book lab test test-fast execute clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1 \2/p' Makefile | awk '{ printf "%s %-10s", $$1, $$2; $$1 = $$2 = ""; print }'
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 was found. Install one, or name it: make PYTHON=/path/to/python"; exit 1; }
+	@echo "Setting up .venv (once; PyTorch is large, so this takes a minute or more)"
+	@$(PYTHON) -m venv .venv || { echo "$(PYTHON) cannot make a virtual environment; on Debian or Ubuntu: apt install python3-venv"; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+book: $(READY)  ## build the book, print where it is, and open it
+	@$(BIN)/jupyter-book build . -W -n --keep-going --quiet
+	@echo "The book: file://$(HOME_PAGE)"
+	@if [ -z "$$CI" ] && { [ "$$(uname)" = Darwin ] || [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ]; }; then \
+		$(BIN)/python -m webbrowser "file://$(HOME_PAGE)" >/dev/null 2>&1 || true; fi
+
+lab: $(READY)  ## open JupyterLab in the first chapter
+	@$(BIN)/jupyter lab book/01_state_space_models.ipynb
+
+test: $(READY)  ## run everything: style, arrows, tests, all notebooks, the book
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
+	@$(BIN)/lint-imports
+	@$(PYTEST) tests book --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
+
+test-fast: $(READY)  ## run the tests of the package alone, in under a minute
+	@$(PYTEST) tests -m "not slow"
+
+execute: $(READY)  ## execute every notebook in place and clean its metadata
+	@cd book && ../$(BIN)/jupyter nbconvert --config nbconvert_config.py *.ipynb
+
+clean:  ## remove the built book and all caches, but not .venv
+	@rm -rf _build .pytest_cache .ruff_cache .hypothesis .import_linter_cache

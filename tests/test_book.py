@@ -1,0 +1,200 @@
+"""The book as a reader meets it: complete, executed in order, self-contained, and linked."""
+
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+BOOK = ROOT / "book"
+NOTEBOOKS = sorted(BOOK.glob("*.ipynb"))
+REPOSITORY = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
+EACH_NOTEBOOK = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def toc_pages():
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    pages = [toc["root"]]
+    for part in toc["parts"]:
+        pages += [chapter["file"] for chapter in part["chapters"]]
+    return pages
+
+
+def test_toc_and_book_agree():
+    written = {f"book/{path.stem}" for path in [*NOTEBOOKS, *BOOK.glob("*.md")] if path.is_file()}
+    assert set(toc_pages()) == written
+    chapters = [page for page in toc_pages() if re.match(r"book/\d\d_", page)]
+    assert chapters == sorted(chapters)
+
+
+def code_cells(path):
+    notebook = nbformat.read(path, as_version=4)
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+@EACH_NOTEBOOK
+def test_notebook_is_executed_in_order_without_errors(path):
+    cells = code_cells(path)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        for output in cell.outputs:
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr", output.get("text")
+
+
+@EACH_NOTEBOOK
+def test_notebook_installs_the_package_only_where_it_is_missing(path):
+    first = code_cells(path)[0]
+    assert first.metadata["tags"] == ["remove-cell"]
+    assert first.source == code_cells(NOTEBOOKS[0])[0].source
+    assert "except ModuleNotFoundError" in first.source
+    assert f'"mamba-tutorial[notebooks] @ git+{REPOSITORY}"' in first.source
+
+
+@EACH_NOTEBOOK
+def test_notebook_holds_nothing_of_the_machine(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert dict(notebook.metadata.language_info) == {"name": "python"}
+    for cell in notebook.cells:
+        assert set(cell.metadata) <= {"tags", "mystnb"}
+    assert not re.search(r"/home/|/Users/|/root/|/tmp/|site-packages", path.read_text())
+
+
+@EACH_NOTEBOOK
+def test_cells_are_short(path):
+    assert max(len(cell.source.splitlines()) for cell in code_cells(path)) <= 30
+
+
+@EACH_NOTEBOOK
+def test_pictures_have_a_caption_and_a_text_for_those_who_cannot_see(path):
+    for cell in code_cells(path):
+        kinds = {kind for output in cell.outputs for kind in output.get("data", {})}
+        if kinds & {"image/png", "text/html"}:
+            assert len(cell.metadata["mystnb"]["figure"]["caption"]) > 40
+            assert "hide-input" in cell.metadata["tags"]
+        if "image/png" in kinds:
+            assert len(cell.metadata["mystnb"]["image"]["alt"]) > 40
+
+
+@EACH_NOTEBOOK
+def test_exercises_have_tested_solutions(path):
+    cells = nbformat.read(path, as_version=4).cells
+    text = "\n".join(cell.source for cell in cells)
+    exercises = re.findall(r":label: (ex-[\w-]+)", text)
+    assert 3 <= len(exercises) <= 5
+    for exercise in exercises:
+        starts = [i for i, c in enumerate(cells) if f"{{solution-start}} {exercise}\n" in c.source]
+        assert len(starts) == 1
+        ends = [i for i, c in enumerate(cells) if "{solution-end}" in c.source and i > starts[0]]
+        solution = cells[starts[0] : ends[0]]
+        assert ":class: dropdown" in solution[0].source
+        assert any("assert" in c.source for c in solution if c.cell_type == "code")
+
+
+class Page(HTMLParser):
+    """The addresses that a page loads by itself, those it links to, and its anchors."""
+
+    LOADS = ("script", "img", "iframe", "audio", "video", "source", "embed")
+
+    def __init__(self, path):
+        super().__init__()
+        self.loads, self.links, self.ids, self.missing_alt = [], [], set(), []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.ids.add(attributes.get("id"))
+        if tag in self.LOADS and attributes.get("src"):
+            self.loads.append(attributes["src"])
+        relation = attributes.get("rel", "")
+        if tag == "link" and re.search("stylesheet|icon|load|fetch|connect|manifest", relation):
+            self.loads.append(attributes["href"])
+        if tag == "a" and attributes.get("href"):
+            self.links.append(attributes["href"])
+        if tag == "img" and not attributes.get("alt"):
+            self.missing_alt.append(attributes.get("src"))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built book, every warning an error."""
+    folder = tmp_path_factory.mktemp("book")
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(BOOK, folder / "book", ignore=shutil.ignore_patterns(".*"))
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", folder, "-W", "-n", "-q"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder / "_build" / "html"
+
+
+@pytest.fixture(scope="module")
+def pages(site):
+    # _static holds a template of the theme that is no page
+    paths = [path for path in site.rglob("*.html") if "_static" not in path.parts]
+    return {path.resolve(): Page(path) for path in paths}
+
+
+@pytest.mark.slow
+def test_every_page_is_built(site):
+    for page in toc_pages():
+        assert (site / f"{page}.html").is_file()
+
+
+@pytest.mark.slow
+def test_no_page_loads_anything_from_outside(site, pages):
+    for path, page in pages.items():
+        for address in page.loads:
+            parts = urlsplit(address)
+            assert parts.scheme + parts.netloc == "", f"{path.name} loads {address}"
+            assert (path.parent / unquote(parts.path)).is_file(), f"{path.name}: no {address}"
+    for style in site.rglob("*.css"):
+        assert not re.search(r"(url\(|@import\s*)[\"']?(https?:)?//", style.read_text("utf-8")), (
+            style
+        )
+
+
+@pytest.mark.slow
+def test_every_inner_link_leads_somewhere(pages):
+    for path, page in pages.items():
+        for address in page.links:
+            parts = urlsplit(address)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            assert target.exists(), f"{path.name} links to {address}"
+            if parts.fragment and target in pages:
+                assert unquote(parts.fragment) in pages[target].ids, f"{path.name}: {address}"
+
+
+@pytest.mark.slow
+def test_every_picture_has_an_alternative_text(pages):
+    for path, page in pages.items():
+        assert not page.missing_alt, f"{path.name}: {page.missing_alt}"
+
+
+@pytest.mark.slow
+def test_chapters_can_be_launched_edited_and_discussed(site):
+    for path in NOTEBOOKS:
+        html = (site / "book" / f"{path.stem}.html").read_text("utf-8")
+        github = REPOSITORY.removeprefix("https://github.com/")
+        source = f"blob/main/book/{path.name}"
+        assert f"https://colab.research.google.com/github/{github}/{source}" in html
+        assert f"https://mybinder.org/v2/gh/{github}/main" in html
+        assert f"{REPOSITORY}/edit/main/book/{path.name}" in html
+        assert f"{REPOSITORY}/issues/new" in html
+
+
+@pytest.mark.slow
+def test_the_map_leads_to_every_chapter(site, pages):
+    links = pages[(site / "book" / "index.html").resolve()].links
+    for path in NOTEBOOKS:
+        assert f"{path.stem}.html" in links

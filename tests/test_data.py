@@ -1,0 +1,30 @@
+"""The recorded signals, and what is said about them."""
+
+import sys
+
+import pytest
+import torch
+
+from mamba_tutorial import data
+
+
+def test_electrocardiogram():
+    signal, rate = data.electrocardiogram()
+    assert signal.shape == (1024,)
+    assert signal.dtype == torch.float64
+    assert abs(signal.mean()) < 1e-9
+    assert rate == 360.0
+
+
+def test_the_hum_gives_the_rate_away():
+    signal, rate = data.electrocardiogram()
+    spectrum = torch.fft.rfft(signal * torch.hann_window(1024, periodic=False)).abs()
+    frequency = rate * torch.arange(513) / 1024
+    above = frequency > 52
+    assert abs(frequency[above][spectrum[above].argmax()] - 60) < 0.5
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pywt.data", None)
+    with pytest.raises(ImportError, match=r"pywt.data is not installed.*mamba-tutorial\[notebooks"):
+        data.electrocardiogram()

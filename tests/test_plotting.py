@@ -1,0 +1,66 @@
+"""Each picture can be drawn, has the page's width, and the slider holds what it was given."""
+
+import json
+import re
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+
+mpl.use("Agg")
+
+from mamba_tutorial import plotting
+
+T = np.linspace(0, 1, 20)
+PICTURES = {
+    "time_series": lambda: plotting.time_series(T, {"a": {"u": T, "v": -T}, "b": {"w": T**2}}),
+    "maze": lambda: plotting.maze(["####", "#..#", "####"], {"a": [(1, 1), (1, 2)]}),
+    "block_diagram": plotting.block_diagram,
+    "crossing": lambda: plotting.crossing(T, {"up": T, "down": 1 - T}, at=(0.5, 0.5)),
+    "kicks": lambda: plotting.kicks(T, [np.exp(-T), 0 * T], np.exp(-T)),
+    "modes": lambda: plotting.modes([-1.0, 0.0, 1.0], [0.0, 5.0], lambda s: np.exp(s * T).real),
+    "phase_planes": lambda: plotting.phase_planes({"a": -np.eye(2)}, {"a": np.ones((1, 5, 2))}),
+    "staircase": lambda: plotting.staircase(T, T, T[::5], T[::5]),
+    "one_step": lambda: plotting.one_step(T, T, 1.0, {"bilinear": 0.5}, start=0.0),
+    "convergence": lambda: plotting.convergence(
+        [1.0, 0.5, 0.25], {"a": {"first": [1.0, 0.5, 0.25], "exact": [1e-15] * 3}}
+    ),
+    "stability_regions": lambda: plotting.stability_regions({"euler": lambda z: 1 + z}),
+    "descent": lambda: plotting.descent(T + 0.1, T + 0.1, {"a": (T + 0.1, T + 0.1)}, true=0.5),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_draws_at_the_width_of_the_page(name):
+    figure = PICTURES[name]()
+    figure.canvas.draw()
+    assert figure.get_figwidth() == plotting.WIDTH
+    assert figure.axes
+    mpl.pyplot.close(figure)
+
+
+def test_convergence_names_the_slopes():
+    figure = PICTURES["convergence"]()
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["first, slope 1.0", "exact, exact"]
+    mpl.pyplot.close(figure)
+
+
+def test_slider_holds_its_data_and_asks_for_nothing():
+    widget = plotting.slider(
+        range(3),
+        {"tokens": [1, 2, 3]},
+        {"state": [[0, 1, 2], [3, 4, 5]]},
+        label="Δ",
+        values=[0.1, 1.0],
+        notes=["small", "large"],
+        start=1,
+        xlabel="token",
+        description="a test",
+    )
+    html = widget._repr_html_()
+    data = json.loads(re.search(r'application/json">(.*?)</script>', html, re.S)[1])
+    assert data["moving"] == {"state": [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]}
+    assert data["values"] == ["0.1", "1"]
+    assert not re.search(r"(src|href)\s*=", html)
+    assert repr(widget) == "<Δ: a figure with a slider of 2 steps>"

@@ -1,0 +1,147 @@
+"""What the README, the environment file and the package promise to somebody who installs them."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+import mamba_tutorial
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+CONSTRAINTS = [
+    Requirement(line)
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_import_is_quick_and_needs_neither_triton_nor_a_gpu_nor_matplotlib():
+    code = """
+import sys, time
+for name in ("triton", "matplotlib", "scipy", "pywt"):
+    sys.modules[name] = None  # an import of it fails
+start = time.perf_counter()
+import mamba_tutorial
+print(time.perf_counter() - start)
+"""
+    runs = [python(code) for _ in range(3)]
+    assert all(run.returncode == 0 for run in runs), runs[0].stderr
+    assert min(float(run.stdout) for run in runs) < 3.0
+
+
+def test_every_public_name_exists_and_is_explained():
+    for name in mamba_tutorial.__all__:
+        assert getattr(mamba_tutorial, name).__doc__
+
+
+def test_commands_of_the_readme_exist():
+    help_text = subprocess.run(
+        ["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    targets = set(re.findall(r"^make ([a-z-]+)", help_text, re.M))
+    for document in (README, (ROOT / "CONTRIBUTING.md").read_text("utf-8")):
+        assert set(re.findall(r"`(?:\w+=\S+ )*make ([a-z-]+)", document)) <= targets
+    assert re.findall(r"^make ([a-z-]+)", README, re.M) == ["book", "test", "lab"]
+
+
+def test_files_of_the_readme_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def test_readme_table_names_every_module_with_its_test():
+    modules = {path.stem for path in (ROOT / "mamba_tutorial").glob("[a-z]*.py")}
+    for module in modules:
+        assert f"[`{module}`](mamba_tutorial/{module}.py)" in README
+        assert f"[`test_{module}`](tests/test_{module}.py)" in README
+
+
+def test_readme_table_names_every_chapter():
+    for path in (ROOT / "book").glob("*.ipynb"):
+        assert f"(book/{path.name})" in README
+
+
+def test_version_is_in_the_changelog():
+    assert f"\n## {mamba_tutorial.__version__} " in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+def test_repository_has_one_address():
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    address = PROJECT["urls"]["Repository"]
+    assert config["repository"]["url"] == address
+    assert citation["repository-code"] == address
+
+
+def environment():
+    packages = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    pip = next(entry["pip"] for entry in packages if isinstance(entry, dict))
+    return [entry for entry in packages if isinstance(entry, str)], pip
+
+
+def test_environment_agrees_with_the_project():
+    conda, pip = environment()
+    interpreter = next(Requirement(entry) for entry in conda if entry.startswith("python"))
+    assert interpreter.specifier == SpecifierSet(PROJECT["requires-python"])
+    assert "-c constraints.txt" in pip
+    assert "-e .[test]" in pip
+    extras = PROJECT["optional-dependencies"]
+    declared = [*PROJECT["dependencies"], *(entry for extra in extras.values() for entry in extra)]
+    known = {Requirement(entry).name for entry in declared}
+    listed = {Requirement(entry).name for entry in pip if not entry.startswith("-")}
+    assert listed <= known
+    assert {"jupyter-book", "jupyterlab", "torch", "triton", "matplotlib", "nbval"} <= listed
+
+
+@pytest.mark.slow
+def test_environment_can_be_installed():
+    """Pip finds versions that satisfy all of it at once; what is installed here is enough."""
+    _, pip = environment()
+    local = [entry for entry in pip if not entry.startswith(("-", "triton"))]
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--no-index"]
+    command += ["--no-build-isolation", "-c", "constraints.txt", "-e", ".[test]", *local]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("minor", [10, 11, 12, 13])
+def test_constraints_pin_what_the_project_asks_for(minor):
+    """Exactly one version of each requirement, inside its range, on each version of Python."""
+    here = {"python_version": f"3.{minor}", "platform_system": "Linux"}
+    pinned = {}
+    for entry in CONSTRAINTS:
+        if entry.marker is None or entry.marker.evaluate(here):
+            assert entry.name.lower() not in pinned, entry.name
+            (only,) = entry.specifier
+            assert only.operator == "=="
+            pinned[entry.name.lower()] = only.version
+    extras = PROJECT["optional-dependencies"].values()
+    for text in [*PROJECT["dependencies"], *(entry for extra in extras for entry in extra)]:
+        requirement = Requirement(text)
+        if requirement.name != "mamba-tutorial":
+            version = pinned[requirement.name.lower()]
+            assert requirement.specifier.contains(version), f"{text}, pinned to {version}"
+
+
+def test_example_of_the_readme_prints_what_it_says():
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == re.search(r"# (torch\.Size.*)", code)[1]
