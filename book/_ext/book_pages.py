@@ -1,4 +1,4 @@
-"""What the pages need beyond Jupyter Book: the map of ideas, and cleaner page heads."""
+"""What pages need beyond Jupyter Book: the map of ideas, and cleaner heads."""
 
 from html import escape
 from pathlib import Path
@@ -14,16 +14,16 @@ class IdeaMap(SphinxDirective):
     """Draw the steps of the book as boxes joined by arrows.
 
     The body is a YAML list. Each step has a `title`, an `idea`, a `page` (a document
-    beside this one), a `drawing` (an SVG file beside this extension) and, but for the
-    first, `removes`: the limit of the step before that it takes away. A box leads to its
-    page once the page exists.
+    beside this one), a `drawing` (an SVG file beside this extension) and, but for
+    the first, `removes`: the limit of the step before that it takes away. A box
+    leads to its page once the page exists.
     """
 
     has_content = True
 
     def run(self) -> list[nodes.Node]:
         """Return the map as one block of HTML."""
-        self.env.note_reread()  # a chapter may have been written since the last build
+        self.env.note_reread()  # for chapters written since the last build
         steps = yaml.safe_load("\n".join(self.content))
         items = "".join(
             self._item(number, step) for number, step in enumerate(steps, start=1)
@@ -52,8 +52,8 @@ class IdeaMap(SphinxDirective):
 def drop_unused_scripts(app, pagename, templatename, context, doctree) -> None:
     """Keep each script once, and none of Thebe, which the book does not use.
 
-    Sphinx 7 puts the scripts of some extensions on a page twice, and Thebe's settings name
-    an outside host.
+    Sphinx 7 puts the scripts of some extensions on a page twice, and Thebe's
+    settings name an outside host.
     """
     kept = {}
     for script in context.get("script_files", []):
