@@ -13,10 +13,10 @@ DRAWINGS = Path(__file__).parent / "drawings"
 class IdeaMap(SphinxDirective):
     """Draw the steps of the book as boxes joined by arrows.
 
-    The body is a YAML list. Each step has a `title`, an `idea`, a `page` (a document
-    beside this one), a `drawing` (an SVG file beside this extension) and, but for
-    the first, `removes`: the limit of the step before that it takes away. A box
-    leads to its page once the page exists.
+    The body is a YAML list. Each step has a `title`, an `idea`, a `page` (a
+    document beside this one), a `drawing` (an SVG file beside this
+    extension) and, but for the first, `removes`: the limit of the step before that
+    it takes away. A box leads to its page once the page exists.
     """
 
     has_content = True
