@@ -71,10 +71,8 @@ def time_series(
         height: height of a panel in inches.
         held: labels of the signals to draw as staircases, each sample kept until the next.
     """
-    figure, axes = plt.subplots(
-        len(panels), sharex=True, squeeze=False, figsize=(WIDTH, height * len(panels) + 0.4)
-    )
-    for ax, (ylabel, signals) in zip(axes[:, 0], panels.items(), strict=True):
+    figure, axes = _subplots(height * len(panels) + 0.4, rows=len(panels), sharex=True)
+    for ax, (ylabel, signals) in zip(axes, panels.items(), strict=True):
         for label, signal in signals.items():
             style = "steps-post" if label in held else "default"
             ax.plot(t, np.asarray(signal), label=label, drawstyle=style)
@@ -82,14 +80,14 @@ def time_series(
         ax.margins(x=0)
         if len(signals) > 1:
             ax.legend(loc="upper right", ncols=len(signals))
-    axes[-1, 0].set_xlabel(xlabel)
+    axes[-1].set_xlabel(xlabel)
     return figure
 
 
 def maze(walls: Sequence[str], paths: Mapping[str, Sequence[tuple[int, int]]]) -> Figure:
     """Draw a maze, given as rows of "#" (wall) and "." (floor), and labelled walks through it."""
     rows, columns = len(walls), len(walls[0])
-    figure, ax = plt.subplots(figsize=(WIDTH, 2.9))
+    figure, (ax,) = _subplots(2.9)
     for r, row in enumerate(walls):
         for c, cell in enumerate(row):
             if cell == "#":
@@ -117,7 +115,7 @@ def maze(walls: Sequence[str], paths: Mapping[str, Sequence[tuple[int, int]]]) -
 
 def block_diagram() -> Figure:
     """Draw the block diagram of h' = A h + B x, y = C h + D x."""
-    figure, ax = plt.subplots(figsize=(WIDTH, 2.9))
+    figure, (ax,) = _subplots(2.9)
     top, low = 1.75, 0.45
     _box(ax, (2.0, top), "$B$")
     _sum(ax, (3.3, top))
@@ -143,7 +141,7 @@ def block_diagram() -> Figure:
 
 def crossing(t: ArrayLike, runs: Mapping[str, ArrayLike], at: tuple[float, float]) -> Figure:
     """Draw curves that meet in one marked point (time, position) and then part."""
-    figure, ax = plt.subplots(figsize=(WIDTH, 2.6))
+    figure, (ax,) = _subplots(2.6)
     for label, run in runs.items():
         ax.plot(t, run, label=label)
     ax.plot(*at, "o", color=INK, ms=7, zorder=3)
@@ -157,7 +155,7 @@ def crossing(t: ArrayLike, runs: Mapping[str, ArrayLike], at: tuple[float, float
 
 def kicks(t: ArrayLike, responses: ArrayLike, total: ArrayLike) -> Figure:
     """Draw the fading responses (kicks, length) of a state to single kicks, and their sum."""
-    figure, ax = plt.subplots(figsize=(WIDTH, 2.8))
+    figure, (ax,) = _subplots(2.8)
     responses = np.asarray(responses)
     ax.fill_between(t, np.sum(responses, axis=0), color=PALE)
     for i, response in enumerate(responses):
@@ -174,7 +172,7 @@ def modes(
     rates: Sequence[float], frequencies: Sequence[float], mode: Callable[[complex], ArrayLike]
 ) -> Figure:
     """Draw Re e^{λt} as a small picture at the place of each λ in the complex plane."""
-    figure, ax = plt.subplots(figsize=(WIDTH, 3.9))
+    figure, (ax,) = _subplots(3.9)
     width = 0.8 * min(np.diff(sorted(rates)))
     height = 0.62 * min(np.diff(sorted(frequencies)))
     ax.axvspan(min(rates) - width, 0, color=PALE, zorder=0)
@@ -201,7 +199,7 @@ def phase_planes(
     systems: Mapping[str, ArrayLike], trajectories: Mapping[str, ArrayLike], limit: float = 1.6
 ) -> Figure:
     """Draw the flow h' = A h of 2 × 2 systems, and trajectories (runs, length, 2) through it."""
-    figure, axes = _side_by_side(len(systems), height=2.75)
+    figure, axes = _subplots(2.75, columns=len(systems), sharey=True)
     grid = np.linspace(-limit, limit, 13)
     p, v = np.meshgrid(grid, grid)
     for ax, (title, A) in zip(axes, systems.items(), strict=True):
@@ -221,7 +219,7 @@ def staircase(
     t: ArrayLike, signal: ArrayLike, sample_times: ArrayLike, samples: ArrayLike
 ) -> Figure:
     """Draw a signal, its samples, and the staircase that holds each sample until the next."""
-    figure, axes = _side_by_side(3, height=2.5)
+    figure, axes = _subplots(2.5, columns=3, sharey=True)
     titles = ["a signal", "is sampled", "and held"]
     for ax, title in zip(axes, titles, strict=True):
         ax.plot(t, signal, color=GREY, ls="-", lw=1, alpha=1 if title == "a signal" else 0.5)
@@ -240,7 +238,7 @@ def one_step(
     t: ArrayLike, exact: ArrayLike, dt: float, steps: Mapping[str, float], start: float
 ) -> Figure:
     """Draw the exact path over one step, and where each rule's straight line lands."""
-    figure, ax = plt.subplots(figsize=(WIDTH, 2.9))
+    figure, (ax,) = _subplots(2.9)
     ax.plot(t, exact, color=INK, ls="-", lw=2.2, label="exact (zero-order hold)")
     markers = {"forward Euler": "s", "bilinear": "D"}
     for (label, end), color in zip(steps.items(), [ORANGE, TEAL], strict=False):
@@ -253,7 +251,7 @@ def one_step(
 
 def convergence(dt: ArrayLike, panels: Panels) -> Figure:
     """Draw errors over the step on logarithmic axes, with the slopes for small steps."""
-    figure, axes = _side_by_side(len(panels), height=3.4)
+    figure, axes = _subplots(3.4, columns=len(panels), sharey=True)
     for ax, (title, errors) in zip(axes, panels.items(), strict=True):
         for (label, error), marker in zip(errors.items(), ["o", "s", "D", "^"], strict=False):
             slope = np.polyfit(np.log(dt[-3:]), np.log(error[-3:]), 1)[0]
@@ -270,7 +268,7 @@ def stability_regions(
     growth: Mapping[str, Callable[[np.ndarray], np.ndarray]], limit: float = 4.0
 ) -> Figure:
     """Shade where |R(z)| < 1, for each rule's growth factor R of a step z = Δ λ."""
-    figure, axes = _side_by_side(len(growth), height=3.0)
+    figure, axes = _subplots(3.0, columns=len(growth), sharey=True)
     # an even number of rows, so that none lies on the real axis, where a rule may divide by zero
     re, im = np.meshgrid(np.linspace(-limit, limit / 2, 601), np.linspace(-0.8, 0.8, 640) * limit)
     for ax, (title, factor) in zip(axes, growth.items(), strict=True):
@@ -292,7 +290,7 @@ def descent(
     grid: ArrayLike, loss: ArrayLike, paths: Mapping[str, tuple[ArrayLike, ArrayLike]], true: float
 ) -> Figure:
     """Draw a loss over Δ with the places that descents passed, and Δ over their iterations."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.0))
+    figure, (left, right) = _subplots(3.0, columns=2)
     left.loglog(grid, loss, color=GREY, ls="-", lw=1.2)
     for (label, (dt, losses)), marker in zip(paths.items(), ["o", "s", "D"], strict=False):
         (line,) = left.plot(dt, losses, marker=marker, ms=3, lw=0, label=label)
@@ -368,9 +366,15 @@ def _short(values: ArrayLike) -> list[float]:
     return [round(float(v), 3) for v in np.asarray(values)]
 
 
-def _side_by_side(count: int, height: float) -> tuple[Figure, np.ndarray]:
-    figure, axes = plt.subplots(1, count, figsize=(WIDTH, height), sharey=True, squeeze=False)
-    return figure, axes[0]
+def _subplots(height: float, rows: int = 1, columns: int = 1, **shared) -> tuple[Figure, list]:
+    """Return a figure of the page's width and its axes in one list.
+
+    The figure is closed for pyplot at once. Otherwise a notebook shows it twice: once as the value
+    of its cell, and once because it is open.
+    """
+    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, height), squeeze=False, **shared)
+    plt.close(figure)
+    return figure, list(axes.flat)
 
 
 def _keep_width(figure: Figure):

@@ -36,14 +36,13 @@ def test_draws_at_the_width_of_the_page(name):
     figure.canvas.draw()
     assert figure.get_figwidth() == plotting.WIDTH
     assert figure.axes
-    mpl.pyplot.close(figure)
+    assert not mpl.pyplot.get_fignums()
 
 
 def test_convergence_names_the_slopes():
     figure = PICTURES["convergence"]()
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert labels == ["first, slope 1.0", "exact, exact"]
-    mpl.pyplot.close(figure)
 
 
 def test_slider_holds_its_data_and_asks_for_nothing():
