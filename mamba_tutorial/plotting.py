@@ -6,6 +6,7 @@ printer. The background is white; the book's style sheet turns it dark where the
 """
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -32,7 +33,7 @@ WIDTH = 8.0  # inches: the width of a page's text
 
 plt.rcParams.update(
     {
-        "figure.dpi": 150,
+        "figure.dpi": 80,
         "figure.figsize": (WIDTH, 3.2),
         "figure.constrained_layout.use": True,
         "font.size": 10.5,
@@ -55,6 +56,11 @@ plt.rcParams.update(
         "text.color": INK,
     }
 )
+
+if "ipykernel" in sys.modules:  # in a notebook: drawn at twice the size at which it is shown
+    from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+    set_matplotlib_formats("retina")
 
 Panels = Mapping[str, Mapping[str, ArrayLike]]
 
@@ -293,7 +299,7 @@ def descent(
     figure, (left, right) = _subplots(3.0, columns=2)
     left.loglog(grid, loss, color=GREY, ls="-", lw=1.2)
     for (label, (dt, losses)), marker in zip(paths.items(), ["o", "s", "D"], strict=False):
-        (line,) = left.plot(dt, losses, marker=marker, ms=3, lw=0, label=label)
+        (line,) = left.plot(dt, losses, marker=marker, ms=3, ls="none", label=label)
         right.semilogy(dt, label=label, color=line.get_color())
     left.axvline(true, color=INK, lw=0.8, ls=":")
     right.axhline(true, color=INK, lw=0.8, ls=":")
