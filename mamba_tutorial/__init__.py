@@ -9,8 +9,8 @@ One module per idea, in the order of the book:
 """
 
 from mamba_tutorial.discretize import bilinear, euler, zoh
-from mamba_tutorial.ssm import DiscreteStateSpace, StateSpace
+from mamba_tutorial.ssm import DiscreteStateSpace, StateSpace, causal_convolution
 
 __version__ = "0.1.0"
 
-__all__ = ["DiscreteStateSpace", "StateSpace", "bilinear", "euler", "zoh"]
+__all__ = ["DiscreteStateSpace", "StateSpace", "bilinear", "causal_convolution", "euler", "zoh"]

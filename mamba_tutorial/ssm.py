@@ -2,6 +2,7 @@
 
 Continuous:  h'(t) = A h(t) + B x(t),      y(t) = C h(t) + D x(t)     `StateSpace`
 Discrete:    h_k = Ā h_{k−1} + B̄ x_k,      y_k = C h_k + D x_k        `DiscreteStateSpace`
+             = a causal convolution,       y = K̄ * x + D x            `causal_convolution`
 
 `StateSpace.discretize` leads from the first to the second.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from mamba_tutorial._check import (
     check_choice,
+    check_length,
     check_shape,
     check_square,
     check_step,
@@ -74,6 +76,44 @@ class DiscreteStateSpace:
         h0 = _check_run(self.A_bar, self.B_bar, x, h0)
         h = torch.stack(_states(self.A_bar, x @ self.B_bar.mT, h0), dim=-2)
         return _output(self, h, x), h
+
+    def kernel(self, length: int) -> Inexact[Tensor, "length outputs inputs"]:
+        """Return K̄ = (C B̄, C Ā B̄, C Ā² B̄, …), what each output remembers of an input.
+
+        K̄_l is the answer of the output to an input of l steps ago; the part of D is left out.
+        This is the naive way, one product with the dense Ā after the other:
+        length · state² · inputs multiplications, and no two of them at the same time.
+
+        Raises:
+            ValueError: length is not a positive number.
+        """
+        check_length(length)
+        power, kernel = self.B_bar, [self.C @ self.B_bar]
+        for _ in range(length - 1):
+            power = self.A_bar @ power
+            kernel.append(self.C @ power)
+        return torch.stack(kernel)
+
+    def convolve(self, x: Signal, method: Literal["fft", "direct"] = "fft") -> Output:
+        """Compute the outputs of `recur` from rest, all at once, as K̄ * x + D x.
+
+        Args:
+            x: (..., length, inputs).
+            method: how `causal_convolution` computes it.
+
+        Returns:
+            y: (..., length, outputs).
+
+        Raises:
+            TypeError: x has another dtype than A_bar.
+            ValueError: a shape does not fit, a value is NaN or infinite, devices differ, or there
+                is no such method.
+        """
+        _check_run(self.A_bar, self.B_bar, x, None)
+        kernel = self.kernel(x.shape[-2])
+        rows = [causal_convolution(x, row, method).sum(-1) for row in kernel.unbind(1)]
+        y = torch.stack(rows, dim=-1)
+        return y if self.D is None else y + x @ self.D.mT
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +224,49 @@ class StateSpace:
         row = dt * torch.cat([self.A, self.B], dim=1)
         A_bar, mean = matrix_exp_and_exprel(F.pad(row, (0, 0, 0, inputs)))
         return A_bar[:state, :state], A_bar[:state, state:], mean[:state, state:]
+
+
+def causal_convolution(
+    x: Inexact[Tensor, "*batch length channels"],
+    kernel: Inexact[Tensor, "taps channels"],
+    method: Literal["fft", "direct"] = "fft",
+) -> Inexact[Tensor, "*batch length channels"]:
+    """Convolve each channel with its own kernel, looking back only.
+
+        y_k = Σ_{l=0}^{k} K_l x_{k−l}
+
+    "fft" multiplies spectra: O(length log length). A product of spectra is a *circular*
+    convolution, so both are padded with zeros to length + taps − 1 at least; then what wraps
+    round is zero. "direct" slides the kernel over the sequence: O(length · taps).
+
+    Args:
+        x: (..., length, channels).
+        kernel: (taps, channels), first the tap for the present; of any number of taps.
+        method: "fft" or "direct".
+
+    Returns:
+        y: (..., length, channels).
+
+    Raises:
+        TypeError: the dtypes are not floating or complex, or differ.
+        ValueError: the shapes do not fit, devices differ, or there is no such method.
+    """
+    check_choice("method", method, ["fft", "direct"])
+    check_tensors(x=x, kernel=kernel)
+    check_shape("x", x, "length channels")
+    check_shape("kernel", kernel, "taps channels", channels=x.shape[-1])
+    length = x.shape[-2]
+    kernel = kernel[:length]
+    if method == "direct":
+        signal = F.pad(x.mT.reshape(-1, x.shape[-1], length), (len(kernel) - 1, 0))
+        y = F.conv1d(signal, kernel.flip(0).mT.unsqueeze(1), groups=x.shape[-1])
+        return y.reshape(x.mT.shape).mT
+    size = 1 << (length + len(kernel) - 2).bit_length()  # a power of two is quick
+    forward, backward = (
+        (torch.fft.fft, torch.fft.ifft) if x.is_complex() else (torch.fft.rfft, torch.fft.irfft)
+    )
+    spectrum = forward(x, n=size, dim=-2) * forward(kernel, n=size, dim=-2)
+    return backward(spectrum, n=size, dim=-2)[..., :length, :]
 
 
 def _states(A_bar: Tensor, drive: Tensor, h: Tensor) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mamba_tutorial import DiscreteStateSpace, StateSpace, zoh
+from mamba_tutorial import DiscreteStateSpace, StateSpace, causal_convolution, zoh
 
 
 def random_system(seed, state=4, inputs=2, outputs=3, skip=True):
@@ -156,6 +156,61 @@ def test_discretize_keeps_the_eyes(method):
         assert torch.equal(steps.A_bar, zoh(system.A, system.B, 0.1)[0])
 
 
+def stable_system(seed, state=4):
+    return random_system(seed, state=state).discretize(0.3)
+
+
+@given(seed=st.integers(0, 10**6), length=st.integers(1, 70), state=st.integers(1, 6))
+@settings(deadline=None, max_examples=40)
+def test_convolution_is_the_recurrence(seed, length, state):
+    system, x = stable_system(seed, state), signal(seed + 1, length)
+    y = system.recur(x)[0]
+    for method in ("fft", "direct"):
+        assert torch.allclose(system.convolve(x, method), y, atol=1e-10)
+
+
+def test_kernel_is_the_answer_to_a_kick():
+    system = stable_system(23)
+    kernel = system.kernel(12)
+    for column, kick in enumerate(torch.eye(2, dtype=torch.float64)):
+        x = torch.zeros(12, 2, dtype=torch.float64)
+        x[0] = kick
+        y = system.recur(x)[0] - x @ system.D.mT
+        assert torch.allclose(kernel[:, :, column], y, atol=1e-13)
+
+
+def test_convolution_of_batches_and_complex_numbers():
+    system = stable_system(25)
+    x = torch.stack([signal(i, 20) for i in range(3)])
+    assert torch.allclose(system.convolve(x)[1], system.convolve(x[1]), atol=1e-12)
+    modes = StateSpace(
+        torch.diag(torch.tensor([-0.1 + 2j, -0.3 - 1j])).to(torch.complex128),
+        torch.ones(2, 2, dtype=torch.complex128),
+        torch.ones(1, 2, dtype=torch.complex128),
+    ).discretize(0.2)
+    z = x.to(torch.complex128)
+    for method in ("fft", "direct"):
+        assert torch.allclose(modes.convolve(z, method), modes.recur(z)[0], atol=1e-12)
+
+
+@given(length=st.integers(1, 40), taps=st.integers(1, 60), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=40)
+def test_causal_convolution_agrees_with_numpy(length, taps, seed):
+    x, kernel = signal(seed, length), signal(seed + 1, taps)
+    expected = [
+        np.convolve(a, b)[:length] for a, b in zip(x.numpy().T, kernel.numpy().T, strict=True)
+    ]
+    for method in ("fft", "direct"):
+        y = causal_convolution(x, kernel, method)
+        np.testing.assert_allclose(y, np.stack(expected, axis=1), atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["fft", "direct"])
+def test_gradients_of_the_convolution(method):
+    tensors = [signal(1, 6).requires_grad_(), signal(2, 4).requires_grad_()]
+    assert torch.autograd.gradcheck(lambda x, k: causal_convolution(x, k, method), tensors)
+
+
 @pytest.mark.usefixtures("as_a_user")
 class TestBadInput:
     A, B, C = torch.eye(2), torch.ones(2, 1), torch.ones(1, 2)
@@ -185,6 +240,12 @@ class TestBadInput:
             (lambda s: s.system.simulate(s.B.to("meta"), 0.1), ValueError, "x is on device meta"),
             (lambda s: s.steps.recur(torch.ones(0, 1)), ValueError, "length of at least 1"),
             (lambda s: s.steps.recur(s.B, torch.ones(3)), ValueError, r"h0 has shape \(3,\), exp"),
+            (lambda s: s.steps.kernel(0), ValueError, "length is 0, expected at least 1"),
+            (lambda s: s.steps.kernel(2.0), TypeError, "length is a float, expected a whole"),
+            (lambda s: s.steps.convolve(s.B, "slow"), ValueError, "method is 'slow', expected"),
+            (lambda s: s.steps.convolve(s.A), ValueError, r"x has shape \(2, 2\), expected"),
+            (lambda s: causal_convolution(s.A, s.B), ValueError, r"kernel has shape \(2, 1\), exp"),
+            (lambda s: causal_convolution(s.A, s.A.double()), TypeError, "kernel has dtype"),
             (lambda s: s.system.impulse_response(-torch.ones(1)), ValueError, "t has minimum -1"),
             (lambda s: s.system.impulse_response(1.0), TypeError, "t is a float, expected a torch"),
         ],
