@@ -104,9 +104,9 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
-def check_length(length: int) -> None:
+def check_length(length: int, name: str = "length") -> None:
     """Raise TypeError or ValueError unless length is a positive whole number."""
     if isinstance(length, bool) or not isinstance(length, int):
-        raise TypeError(f"length is a {type(length).__name__}, expected a whole number")
+        raise TypeError(f"{name} is a {type(length).__name__}, expected a whole number")
     if length < 1:
-        raise ValueError(f"length is {length}, expected at least 1")
+        raise ValueError(f"{name} is {length}, expected at least 1")

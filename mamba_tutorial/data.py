@@ -3,7 +3,7 @@
 import importlib
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -23,6 +23,23 @@ def electrocardiogram() -> tuple[Float[Tensor, " samples"], float]:
     """
     signal = torch.as_tensor(_library("pywt.data").ecg(), dtype=torch.float64)
     return signal - signal.mean(), 360.0
+
+
+def handwritten_digits() -> tuple[Float[Tensor, "images rows columns"], Int[Tensor, " images"]]:
+    """Return 1797 images of handwritten digits and the digits they show.
+
+    The test part of the "Optical Recognition of Handwritten Digits" data set of the UCI repository
+    (Alpaydin and Kaynak 1998), as `sklearn.datasets.load_digits` ships it: 8 × 8 pixels, each the
+    number of ink dots (0 to 16) in a 4 × 4 square of the original.
+
+    Returns:
+        The images, float32 between 0 and 1, and the labels, int64.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    digits = _library("sklearn.datasets").load_digits()
+    return torch.as_tensor(digits.images).float() / 16, torch.as_tensor(digits.target).long()
 
 
 def _library(module: str):

@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.ticker import NullFormatter
@@ -57,10 +58,13 @@ plt.rcParams.update(
     }
 )
 
-if "ipykernel" in sys.modules:  # in a notebook: drawn at twice the size at which it is shown
-    from matplotlib_inline.backend_inline import set_matplotlib_formats
+if "IPython" in sys.modules:
+    from IPython import get_ipython
 
-    set_matplotlib_formats("retina")
+    if hasattr(get_ipython(), "kernel"):  # in a notebook: twice the pixels at the same size
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+        set_matplotlib_formats("retina")
 
 Panels = Mapping[str, Mapping[str, ArrayLike]]
 
@@ -87,6 +91,98 @@ def time_series(
         if len(signals) > 1:
             ax.legend(loc="upper right", ncols=len(signals))
     axes[-1].set_xlabel(xlabel)
+    return figure
+
+
+def curves(
+    x: ArrayLike,
+    panels: Panels,
+    *,
+    xlabel: str,
+    ylabel: str,
+    log: str = "",
+    markers: bool = False,
+    height: float = 3.1,
+) -> Figure:
+    """Draw panels of labelled curves side by side.
+
+    Args:
+        x: the common x values; a curve with fewer values ends early.
+        panels: for each panel its title and its curves, {title: {label: values}}.
+        xlabel: label of the x axes.
+        ylabel: label of the first y axis.
+        log: the axes that are logarithmic, "x", "y" or "xy".
+        markers: mark each value.
+        height: height of the picture in inches.
+    """
+    figure, axes = _subplots(height, columns=len(panels), sharey=True)
+    x = np.asarray(x)
+    for ax, (title, lines) in zip(axes, panels.items(), strict=True):
+        for (label, values), marker in zip(lines.items(), "osD^" * 3, strict=False):
+            values = np.asarray(values)
+            ax.plot(x[: len(values)], values, label=label, marker=marker if markers else "", ms=4)
+        ax.set(title=title, xlabel=xlabel)
+        if "x" in log:
+            ax.set_xscale("log")
+        if "y" in log:
+            ax.set_yscale("log")
+        if len(lines) > 1:
+            ax.legend()
+    axes[0].set_ylabel(ylabel)
+    return figure
+
+
+def matrices(panels: Mapping[str, ArrayLike], *, height: float = 3.2, bar: bool = False) -> Figure:
+    """Draw matrices side by side, blue below zero and orange above, white at zero.
+
+    Args:
+        panels: {title: (rows, columns)}; a colour scale of its own for each.
+        height: height of the picture in inches.
+        bar: add a colour bar to each.
+    """
+    figure, axes = _subplots(height, columns=len(panels))
+    colors = LinearSegmentedColormap.from_list("signed", [BLUE, "white", ORANGE])
+    for ax, (title, matrix) in zip(axes, panels.items(), strict=True):
+        matrix = np.asarray(matrix)
+        top = np.abs(matrix).max()
+        image = ax.imshow(matrix, cmap=colors, vmin=-top, vmax=top, interpolation="nearest")
+        ax.set_title(title)
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(True)
+        if bar:
+            figure.colorbar(image, ax=ax, shrink=0.8)
+    _keep_width(figure)
+    return figure
+
+
+def images(panels: Mapping[str, ArrayLike], sequence: ArrayLike, xlabel: str) -> Figure:
+    """Draw grey images in a row, and below them the first one as a sequence of numbers."""
+    figure = plt.figure(figsize=(WIDTH, 3.3))
+    plt.close(figure)
+    grid = figure.add_gridspec(2, len(panels))
+    for column, (title, image) in enumerate(panels.items()):
+        ax = figure.add_subplot(grid[0, column])
+        ax.imshow(image, cmap="Greys", interpolation="nearest")
+        ax.set(title=title, xticks=[], yticks=[])
+        ax.spines[:].set_visible(True)
+    ax = figure.add_subplot(grid[1, :])
+    ax.step(range(len(sequence)), sequence, where="post", color=BLUE, ls="-")
+    ax.set(xlabel=xlabel, ylabel="ink")
+    ax.margins(x=0)
+    return figure
+
+
+def eigenvalues(panels: Mapping[str, ArrayLike]) -> Figure:
+    """Draw complex eigenvalues, one panel for each set."""
+    figure, axes = _subplots(2.9, columns=len(panels))
+    for ax, (title, values) in zip(axes, panels.items(), strict=True):
+        values = np.asarray(values)
+        ax.plot(values.real, values.imag, "o", color=BLUE, ms=4)
+        ax.axvline(0, color=GREY, lw=0.8)
+        ax.axhline(0, color=GREY, lw=0.8)
+        ax.set(title=title, xlabel="Re")
+        ax.margins(x=0.15)
+    axes[0].set_ylabel("Im")
     return figure
 
 
@@ -333,13 +429,16 @@ def slider(
     moving: Mapping[str, ArrayLike],
     *,
     label: str,
-    values: Sequence[float],
+    values: Sequence[float | int],
     notes: Sequence[str],
     start: int,
     xlabel: str,
     description: str,
 ) -> Slider:
     """Draw held signals as staircases, some fixed and some that move with a slider.
+
+    A value that is NaN is not drawn.
+
 
     Args:
         x: (length,), the positions of the samples.
@@ -358,7 +457,7 @@ def slider(
             "fixed": {name: _short(curve) for name, curve in fixed.items()},
             "moving": {name: [_short(c) for c in curves] for name, curves in moving.items()},
             "label": label,
-            "values": [f"{value:.3g}" for value in values],
+            "values": [f"{value:.3g}" if value % 1 else f"{value:g}" for value in values],
             "notes": list(notes),
             "start": start,
             "xlabel": xlabel,
@@ -367,9 +466,9 @@ def slider(
     )
 
 
-def _short(values: ArrayLike) -> list[float]:
-    """Round to what a screen can show, to keep the page small."""
-    return [round(float(v), 3) for v in np.asarray(values)]
+def _short(values: ArrayLike) -> list[float | None]:
+    """Round to what a screen can show, to keep the page small; NaN becomes None."""
+    return [None if np.isnan(v) else round(float(v), 3) for v in np.asarray(values)]
 
 
 def _subplots(height: float, rows: int = 1, columns: int = 1, **shared) -> tuple[Figure, list]:

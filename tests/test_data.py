@@ -24,6 +24,15 @@ def test_the_hum_gives_the_rate_away():
     assert abs(frequency[above][spectrum[above].argmax()] - 60) < 0.5
 
 
+def test_handwritten_digits():
+    images, labels = data.handwritten_digits()
+    assert images.shape == (1797, 8, 8)
+    assert images.dtype == torch.float32
+    assert images.min() == 0
+    assert images.max() == 1
+    assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+
+
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pywt.data", None)
     with pytest.raises(ImportError, match=r"pywt.data is not installed.*mamba-tutorial\[notebooks"):

@@ -14,6 +14,12 @@ from mamba_tutorial import plotting
 T = np.linspace(0, 1, 20)
 PICTURES = {
     "time_series": lambda: plotting.time_series(T, {"a": {"u": T, "v": -T}, "b": {"w": T**2}}),
+    "curves": lambda: plotting.curves(
+        T, {"a": {"u": T + 1, "v": T[:5] + 1}}, xlabel="x", ylabel="y", log="xy", markers=True
+    ),
+    "matrices": lambda: plotting.matrices({"a": np.eye(3), "b": -np.eye(2)}, bar=True),
+    "images": lambda: plotting.images({"a": np.eye(3), "b": np.eye(3)}, T, "pixel"),
+    "eigenvalues": lambda: plotting.eigenvalues({"a": [1j, -1j], "b": [-1.0]}),
     "maze": lambda: plotting.maze(["####", "#..#", "####"], {"a": [(1, 1), (1, 2)]}),
     "block_diagram": plotting.block_diagram,
     "crossing": lambda: plotting.crossing(T, {"up": T, "down": 1 - T}, at=(0.5, 0.5)),
@@ -49,7 +55,7 @@ def test_slider_holds_its_data_and_asks_for_nothing():
     widget = plotting.slider(
         range(3),
         {"tokens": [1, 2, 3]},
-        {"state": [[0, 1, 2], [3, 4, 5]]},
+        {"state": [[0, 1, 2], [3, 4, np.nan]]},
         label="Δ",
         values=[0.1, 1.0],
         notes=["small", "large"],
@@ -59,7 +65,7 @@ def test_slider_holds_its_data_and_asks_for_nothing():
     )
     html = widget._repr_html_()
     data = json.loads(re.search(r'application/json">(.*?)</script>', html, re.S)[1])
-    assert data["moving"] == {"state": [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]}
+    assert data["moving"] == {"state": [[0.0, 1.0, 2.0], [3.0, 4.0, None]]}
     assert data["values"] == ["0.1", "1"]
     assert not re.search(r"(src|href)\s*=", html)
     assert repr(widget) == "<Δ: a figure with a slider of 2 steps>"

@@ -1,0 +1,103 @@
+"""Synthetic tasks that ask one question of a sequence model, as generators of batches.
+
+Each takes the size of a batch and a `torch.Generator`, so a seed fixes all data, and returns
+(inputs, targets) of token ids, both (batch, length), int64. A target of `IGNORE` is not scored.
+"""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mamba_tutorial._check import check_length
+
+IGNORE = -100  # what torch.nn.functional.cross_entropy ignores
+NOISE, GO = 0, 1  # the tokens of the copying tasks that are no data; data are 2, …, vocab − 1
+
+Batch = tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]
+
+
+def copying(
+    batch: int, generator: torch.Generator, *, data: int, noise: int, vocab: int = 16
+) -> Batch:
+    """Remember what was seen at fixed places: `data` tokens, then noise, then say them again.
+
+        input    d₁ d₂ … d_m  0 0 … 0  1  1  … 1
+        target   –  –  …  –   – – … –  d₁ d₂ … d_m
+
+    Each token comes back a fixed number of steps after it was seen. A linear time-invariant model
+    can do that: it is a delay.
+
+    Args:
+        batch: the number of sequences.
+        generator: the source of randomness.
+        data: how many tokens to remember, m.
+        noise: how many noise tokens follow them.
+        vocab: the number of token ids; the first two are the noise and the signal to recall.
+
+    Raises:
+        TypeError, ValueError: a size is not a positive whole number, or vocab is below 4.
+    """
+    return _recall(batch, generator, data, noise, vocab, scattered=False)
+
+
+def selective_copying(
+    batch: int, generator: torch.Generator, *, data: int, noise: int, vocab: int = 16
+) -> Batch:
+    """Remember what matters, wherever it is: the data tokens lie scattered in the noise.
+
+        input    0 d₁ 0 0 d₂ 0 … d_m 0  1  1  … 1
+        target   –  – – –  – – …  –  –  d₁ d₂ … d_m
+
+    From the Mamba paper (Gu and Dao 2023, Section 4.1.1), which has 16 data tokens, a length of
+    4096 and a vocabulary of 16. The arguments and errors are those of `copying`.
+    """
+    return _recall(batch, generator, data, noise, vocab, scattered=True)
+
+
+def induction_heads(
+    batch: int, generator: torch.Generator, *, length: int, vocab: int = 16
+) -> Batch:
+    """Recall what came after a special token when it appears for the second time.
+
+        input    a b c * d e f … *        target at the last place: d
+
+    The special token is vocab − 1; it stands once at a random place and once at the end. Only the
+    last place is scored. From the Mamba paper (Gu and Dao 2023, Section 4.1.2), trained at length
+    256 with a vocabulary of 16.
+
+    Raises:
+        TypeError, ValueError: a size is not a positive whole number, length is below 3 or vocab
+            below 3.
+    """
+    _check_sizes(batch=(batch, 1), length=(length, 3), vocab=(vocab, 3))
+    special = vocab - 1
+    inputs = torch.randint(special, (batch, length), generator=generator)
+    place = torch.randint(length - 2, (batch, 1), generator=generator)
+    inputs.scatter_(1, place, special)
+    inputs[:, -1] = special
+    targets = torch.full_like(inputs, IGNORE)
+    targets[:, -1] = inputs.gather(1, place + 1).squeeze(1)
+    return inputs, targets
+
+
+def _recall(
+    batch: int, generator: torch.Generator, data: int, noise: int, vocab: int, scattered: bool
+) -> Batch:
+    _check_sizes(batch=(batch, 1), data=(data, 1), noise=(noise, 1), vocab=(vocab, 4))
+    tokens = torch.randint(2, vocab, (batch, data), generator=generator)
+    if scattered:
+        order = torch.rand(batch, data + noise, generator=generator).argsort(dim=1)
+        places = order[:, :data].sort(dim=1).values
+    else:
+        places = torch.arange(data).expand(batch, -1)
+    first = torch.full((batch, data + noise), NOISE).scatter(1, places, tokens)
+    go = torch.full((batch, data), GO)
+    targets = torch.cat([torch.full_like(first, IGNORE), tokens], dim=1)
+    return torch.cat([first, go], dim=1), targets
+
+
+def _check_sizes(**sizes: tuple[int, int]) -> None:
+    for name, (size, least) in sizes.items():
+        check_length(size, name=name)
+        if size < least:
+            raise ValueError(f"{name} is {size}, expected at least {least}")

@@ -1,0 +1,81 @@
+"""The tasks: shapes, seeds, and that the targets are what the inputs say."""
+
+import pytest
+import torch
+
+from mamba_tutorial.tasks import GO, IGNORE, NOISE, copying, induction_heads, selective_copying
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("task", [copying, selective_copying])
+def test_copying_asks_for_the_data_in_order(task):
+    inputs, targets = task(50, seeded(), data=5, noise=20, vocab=9)
+    assert inputs.shape == targets.shape == (50, 30)
+    assert (inputs[:, -5:] == GO).all()
+    assert (targets[:, :-5] == IGNORE).all()
+    for row, wanted in zip(inputs[:, :-5], targets[:, -5:], strict=True):
+        assert torch.equal(row[row != NOISE], wanted)
+        assert ((wanted >= 2) & (wanted < 9)).all()
+
+
+def test_places_are_fixed_for_copying_and_free_for_selective_copying():
+    fixed = copying(50, seeded(), data=3, noise=10)[0] > GO
+    free = selective_copying(50, seeded(), data=3, noise=10)[0] > GO
+    assert fixed[:, :3].all()
+    assert len(free.unique(dim=0)) > 40
+
+
+def test_every_place_is_as_likely_as_any_other():
+    inputs, _ = selective_copying(20_000, seeded(), data=4, noise=12)
+    share = (inputs[:, :-4] > GO).double().mean(dim=0)
+    assert (share - 0.25).abs().max() < 0.02
+
+
+def test_induction_heads_asks_for_what_came_after_the_special_token():
+    inputs, targets = induction_heads(200, seeded(), length=12, vocab=6)
+    assert (inputs[:, -1] == 5).all()
+    assert ((inputs == 5).sum(dim=1) == 2).all()
+    assert (targets[:, :-1] == IGNORE).all()
+    for row, wanted in zip(inputs, targets[:, -1], strict=True):
+        first = (row == 5).nonzero()[0, 0]
+        assert row[first + 1] == wanted
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda g: copying(4, g, data=3, noise=5),
+        lambda g: selective_copying(4, g, data=3, noise=5),
+        lambda g: induction_heads(4, g, length=9),
+    ],
+)
+def test_a_seed_fixes_the_data(make):
+    first, again, other = make(seeded(1)), make(seeded(1)), make(seeded(2))
+    assert torch.equal(first[0], again[0])
+    assert not torch.equal(first[0], other[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda g: copying(0, g, data=1, noise=1), ValueError, "batch is 0, expected at least 1"),
+        (
+            lambda g: copying(1, g, data=1.5, noise=1),
+            TypeError,
+            "data is a float, expected a whole",
+        ),
+        (
+            lambda g: selective_copying(1, g, data=1, noise=1, vocab=3),
+            ValueError,
+            "vocab is 3, exp",
+        ),
+        (lambda g: induction_heads(1, g, length=2), ValueError, "length is 2, expected at least 3"),
+    ],
+)
+@pytest.mark.usefixtures("as_a_user")
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call(seeded())
