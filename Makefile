@@ -5,9 +5,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 BIN := .venv/bin
 READY := .venv/ready
 HOME_PAGE := $(CURDIR)/_build/html/index.html
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
-# a kernel must not compete with itself for the two cores that the book promises
-export OMP_NUM_THREADS ?= 2
+# one thread each, so that two notebooks do not compete for two cores
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help book lab test test-fast execute clean

@@ -40,7 +40,8 @@ plt.rcParams.update(
         "font.size": 10.5,
         "mathtext.fontset": "cm",
         "axes.prop_cycle": cycler(
-            color=[BLUE, ORANGE, TEAL, PLUM], linestyle=["-", "--", "-.", (0, (1, 1.2))]
+            color=[BLUE, ORANGE, TEAL, PLUM, INK],
+            linestyle=["-", "--", "-.", (0, (1, 1.2)), (0, (6, 1, 1, 1, 1, 1))],
         ),
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -82,14 +83,16 @@ def time_series(
         held: labels of the signals to draw as staircases, each sample kept until the next.
     """
     figure, axes = _subplots(height * len(panels) + 0.4, rows=len(panels), sharex=True)
+    labelled = None  # a legend stands above the first panel that it is for
     for ax, (ylabel, signals) in zip(axes, panels.items(), strict=True):
         for label, signal in signals.items():
             style = "steps-post" if label in held else "default"
             ax.plot(t, np.asarray(signal), label=label, drawstyle=style)
         ax.set_ylabel(ylabel)
         ax.margins(x=0)
-        if len(signals) > 1:
-            ax.legend(loc="upper right", ncols=len(signals))
+        if len(signals) > 1 and list(signals) != labelled:
+            ax.legend(loc="lower right", bbox_to_anchor=(1.0, 0.96), ncols=len(signals))
+            labelled = list(signals)
     axes[-1].set_xlabel(xlabel)
     return figure
 
@@ -115,7 +118,7 @@ def curves(
         markers: mark each value.
         height: height of the picture in inches.
     """
-    figure, axes = _subplots(height, columns=len(panels), sharey=True)
+    figure, axes = _subplots(height, columns=len(panels))
     x = np.asarray(x)
     for ax, (title, lines) in zip(axes, panels.items(), strict=True):
         for (label, values), marker in zip(lines.items(), "osD^" * 3, strict=False):
