@@ -7,7 +7,6 @@ c.NbConvertApp.log_level = "WARN"
 c.NbConvertApp.use_output_suffix = False  # write in place
 c.ExecutePreprocessor.enabled = True
 c.ExecutePreprocessor.record_timing = False
-c.ExecutePreprocessor.coalesce_streams = True
 c.ClearMetadataPreprocessor.enabled = True
 c.ClearMetadataPreprocessor.preserve_cell_metadata_mask = {"tags", "mystnb"}
 c.ClearMetadataPreprocessor.preserve_nb_metadata_mask = {
