@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mamba_tutorial._check import check_choice, check_length, check_shape, check_tensors
 from mamba_tutorial.discretize import bilinear, zoh
@@ -29,7 +28,7 @@ from mamba_tutorial.ssm import causal_convolution
 DiagonalInit = Literal["legs", "lin", "inv", "real"]
 
 # Numbers that a block of the Cauchy sum may hold at a time: enough to be quick, little to store.
-CAUCHY_BLOCK = 1 << 20
+CAUCHY_BLOCK = 1 << 18
 
 
 def diagonal_init(n: int, kind: DiagonalInit = "legs") -> Complex[Tensor, " half"]:
@@ -122,14 +121,7 @@ def dplr_kernel(
         torch.broadcast_tensors(C_truncated * B, C_truncated * P, P.conj() * B, P.conj() * P),
         dim=-2,
     )
-    spectrum = torch.cat(
-        [
-            checkpoint(_spectrum, Lambda, weights, dt, m, p, use_reentrant=False)
-            for m, p in zip(*_blocks(minus, plus, weights), strict=True)
-        ],
-        dim=-1,
-    )
-    return torch.fft.irfft(spectrum, n=length)
+    return torch.fft.irfft(_Spectrum.apply(Lambda, weights, dt, minus, plus), n=length)
 
 
 def truncate(
@@ -143,15 +135,46 @@ def truncate(
     return C - (C.unsqueeze(-2) @ torch.linalg.matrix_power(A_bar, length)).squeeze(-2)
 
 
-def _blocks(minus: Tensor, plus: Tensor, weights: Tensor) -> tuple[tuple, tuple]:
-    """Cut the roots of unity into blocks, so that a block times all modes stays small."""
-    modes = weights.numel() // 4
-    size = max(1, CAUCHY_BLOCK // modes)
-    return minus.split(size), plus.split(size)
+class _Spectrum(torch.autograd.Function):
+    """K̂ at the roots of unity, block by block, forward and backward.
+
+    A block of roots times all modes is small, lives for a moment, and is computed again in the
+    backward pass. The result is written in place: appended pieces would be scattered between the
+    freed blocks and keep the allocator from using their memory again.
+    """
+
+    @staticmethod
+    def forward(ctx, Lambda, weights, dt, minus, plus):
+        ctx.save_for_backward(Lambda, weights, dt, minus, plus)
+        channels = torch.broadcast_shapes(weights.shape[:-2], dt.shape, Lambda.shape[:-1])
+        spectrum = weights.new_empty(*channels, len(minus))
+        for roots in _blocks(len(minus), weights):
+            spectrum[..., roots] = _spectrum(Lambda, weights, dt, minus[roots], plus[roots])
+        return spectrum
+
+    @staticmethod
+    def backward(ctx, gradient):
+        *inputs, minus, plus = ctx.saved_tensors
+        total = [torch.zeros_like(tensor) for tensor in inputs]
+        for roots in _blocks(len(minus), inputs[1]):
+            leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+            with torch.enable_grad():
+                spectrum = _spectrum(*leaves, minus[roots], plus[roots])
+            for sum_, part in zip(
+                total, torch.autograd.grad(spectrum, leaves, gradient[..., roots]), strict=True
+            ):
+                sum_ += part
+        return *total, None, None
+
+
+def _blocks(roots: int, weights: Tensor) -> list[slice]:
+    """Cut the roots of unity into blocks of at most CAUCHY_BLOCK pairs of a root and a mode."""
+    size = max(1, CAUCHY_BLOCK // (weights.numel() // 4))
+    return [slice(start, start + size) for start in range(0, roots, size)]
 
 
 def _spectrum(Lambda: Tensor, weights: Tensor, dt: Tensor, minus: Tensor, plus: Tensor) -> Tensor:
-    """Return K̂ at some roots; computed again in the backward pass rather than stored."""
+    """Return K̂ at some roots, by the Woodbury identity and four Cauchy sums."""
     q = 1 / (minus / dt[..., None, None] - plus * Lambda[..., None])  # [..., n, roots]
     CB, CP, PB, PP = (weights @ q).unbind(-2)
     return CB - plus * CP * PB / (1 + plus * PP)

@@ -134,6 +134,7 @@ def environment() -> dict:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "system": f"{platform.system()} {platform.machine()}",
+        "processor": platform.processor() or "unknown",
         "threads": torch.get_num_threads(),
         "gpu": device,
     }
