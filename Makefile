@@ -27,8 +27,11 @@ book: $(READY)  ## build the book, print where it is, and open it
 	@if [ -z "$$CI" ] && { [ "$$(uname)" = Darwin ] || [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ]; }; then \
 		$(BIN)/python -m webbrowser "file://$(HOME_PAGE)" >/dev/null 2>&1 || true; fi
 
+# in a container one is often root, where JupyterLab wants to be told that this is meant
+AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
+
 lab: $(READY)  ## open JupyterLab in the first chapter
-	@$(BIN)/jupyter lab book/01_state_space_models.ipynb
+	@$(BIN)/jupyter lab $(AS_ROOT) book/01_state_space_models.ipynb
 
 test: $(READY)  ## run everything: style, arrows, tests, all notebooks, the book
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
