@@ -9,7 +9,7 @@ HOME_PAGE := $(CURDIR)/_build/html/index.html
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help book lab test test-fast execute clean
+.PHONY: help book lab test test-fast bench execute clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1 \2/p' Makefile | awk '{ printf "%s %-10s", $$1, $$2; $$1 = $$2 = ""; print }'
@@ -40,6 +40,13 @@ test: $(READY)  ## run everything: style, arrows, tests, all notebooks, the book
 
 test-fast: $(READY)  ## run the tests of the package alone, in under a minute
 	@$(PYTEST) tests -m "not slow"
+
+.venv/bench: $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	@touch $@
+
+bench: .venv/bench  ## measure the scan against others, and record it in book/results
+	@$(BIN)/python -m mamba_tutorial.benchmark --out book/results/cpu_selective_scan.json
 
 execute: $(READY)  ## execute every notebook in place and clean its metadata
 	@cd book && ../$(BIN)/jupyter nbconvert --config nbconvert_config.py *.ipynb

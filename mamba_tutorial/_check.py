@@ -15,6 +15,14 @@ def check_tensors(**tensors: Tensor | None) -> None:
         TypeError: if one is no tensor, is not floating or complex, or has another dtype.
         ValueError: if one lies on another device, or holds a NaN or an infinity.
     """
+    check_dtypes(**tensors)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_finite(name, tensor)
+
+
+def check_dtypes(**tensors: Tensor | None) -> None:
+    """Check the same but for NaN and infinity, which takes no pass over the numbers."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
@@ -29,8 +37,6 @@ def check_tensors(**tensors: Tensor | None) -> None:
         if tensor.device != model.device:
             needed = f"expected {model.device}, the device of {first}"
             raise ValueError(f"{name} is on device {tensor.device}, {needed}")
-    for name, tensor in given.items():
-        check_finite(name, tensor)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

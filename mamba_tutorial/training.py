@@ -74,7 +74,7 @@ def train(
             target of `tasks.IGNORE` is not scored.
         steps: the number of updates.
         lr: the highest learning rate; it rises for a tenth of the steps and falls to zero.
-        weight_decay: of AdamW, for all parameters with two axes or more.
+        weight_decay: of AdamW, for the parameters that `parameter_groups` lets decay.
         seed: of the batches and of whatever is random in the model's forward pass.
         evaluate: returns a score of the model, higher is better; called every `every` steps and at
             the end, in evaluation mode and without gradients.
@@ -93,7 +93,7 @@ def train(
     settings = {"steps": steps, "lr": lr, "weight_decay": weight_decay, "seed": seed}
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(_groups(model, weight_decay), lr=lr)
+    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _one_cycle(steps))
     record = Record(name, settings, sum(p.numel() for p in model.parameters()))
     record.environment = environment()
@@ -125,6 +125,25 @@ def accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
     """Return the share of scored targets that the model's largest logit hits."""
     scored = targets != IGNORE
     return (model(inputs).argmax(-1) == targets)[scored].double().mean().item()
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Return the parameters in two groups for an optimizer: those that decay, those that do not.
+
+    Matrices decay. Vectors (biases, norms, log Δ) do not, nor do the parameters that a module lists
+    in an attribute `no_weight_decay`, as `SelectiveSSM` does for A_log and D: if A_log decayed, all
+    its time scales would drift to one.
+    """
+    decaying, others = [], []
+    for module in model.modules():
+        spared = getattr(module, "no_weight_decay", ())
+        for name, parameter in module.named_parameters(recurse=False):
+            decays = parameter.ndim >= 2 and name not in spared
+            (decaying if decays else others).append(parameter)
+    return [
+        {"params": list(dict.fromkeys(decaying)), "weight_decay": weight_decay},
+        {"params": list(dict.fromkeys(others)), "weight_decay": 0.0},
+    ]
 
 
 def environment() -> dict:
@@ -198,15 +217,6 @@ class _Run:
         self.record.losses = state["record"]["losses"]
         self.record.scores = state["record"]["scores"]
         self.record.seconds = state["record"]["seconds"]
-
-
-def _groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay; vectors (biases, norms, log Δ, log A) do not."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
 
 
 def _one_cycle(steps: int) -> Callable[[int], float]:

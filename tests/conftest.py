@@ -1,12 +1,17 @@
 """Settings of all tests, those of the notebooks included."""
 
 from collections import defaultdict
+from pathlib import Path
 
 import jaxtyping
 import pytest
 
-# Shapes and dtypes in the package's signatures are checked whenever a test calls a function.
-jaxtyping.install_import_hook("mamba_tutorial", "beartype.beartype")
+# Shapes and dtypes in the package's signatures are checked whenever a test calls a function. The
+# kernels are left out: their compilers read the functions themselves.
+MODULES = (Path(__file__).parents[1] / "mamba_tutorial").glob("[a-z]*.py")
+jaxtyping.install_import_hook(
+    [f"mamba_tutorial.{path.stem}" for path in MODULES], "beartype.beartype"
+)
 
 NOTEBOOK_SECONDS = 60  # what each chapter promises the reader, on two CPU cores
 

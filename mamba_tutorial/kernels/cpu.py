@@ -1,0 +1,172 @@
+"""The selective scan on a CPU in float32, fused into one loop by Numba: forward and backward.
+
+    h_t = exp(Δ_t A) h_{t−1} + w(Δ_t A) Δ_t x_t B_t,     y_t = Σ_n C_t h_t
+
+for each sequence, channel d and state n, where w(z) = (e^z − 1)/z for the zero-order hold and 1 for
+the rule of the released Mamba. Nothing of the size (batch, length, d_inner, d_state) is stored. A
+thread takes BLOCK channels of a sequence and walks along the length; the state stays in its cache.
+Every CHUNK tokens the forward pass writes the state down. The backward pass starts from the last of
+these, computes the states of its chunk once more, and goes back through them.
+"""
+
+import numba
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+BLOCK = 64  # channels of a program: its states fill a few kilobytes
+CHUNK = 32  # tokens between saved states; the chunk's states and decays fill half a megabyte
+f32 = np.float32
+
+# Sums over the states may be reordered into vectors. NaN and infinity keep their meaning.
+FAST = {"contract", "nsz", "reassoc", "arcp"}
+LOOP = {"parallel": True, "fastmath": FAST, "error_model": "numpy", "cache": True}
+PIECE = {"inline": "always", "fastmath": FAST}
+
+
+class SelectiveScan(torch.autograd.Function):
+    """y, h_last = SelectiveScan.apply(x, dt, A, B, C, h0, exact), all float32 on the CPU.
+
+    x, dt: (batch, length, d_inner); A: (d_inner, d_state); B, C: (batch, length, d_state); h0:
+    (batch, d_inner, d_state). `exact` asks for the zero-order hold of B. dt must not be negative.
+    """
+
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, h0, exact):
+        x, dt, A, B, C, h0 = inputs = [tensor.contiguous() for tensor in (x, dt, A, B, C, h0)]
+        batch, length, d_inner = x.shape
+        starts = x.new_empty(batch, -(-length // CHUNK), d_inner, A.shape[1])
+        y, h_last = torch.empty_like(x), torch.empty_like(h0)
+        _run(_forward, *inputs, exact, y, starts, h_last)
+        ctx.save_for_backward(x, dt, A, B, C, starts)
+        ctx.exact = exact
+        return y, h_last
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dh_last):
+        x, dt, A, B, C, starts = ctx.saved_tensors
+        batch, length, d_inner = x.shape
+        blocks, d_state = -(-d_inner // BLOCK), A.shape[1]
+        dx, ddt, dh0 = torch.empty_like(x), torch.empty_like(x), torch.empty_like(starts[:, 0])
+        # Each block of channels and each sequence adds up its own part; no two threads write to
+        # one place, so the result does not depend on who comes first.
+        dA = x.new_zeros(batch, d_inner, d_state)
+        dB, dC = x.new_zeros(2, blocks, batch, length, d_state).unbind(0)
+        given = dy.contiguous(), dh_last.contiguous()
+        _run(_backward, x, dt, A, B, C, ctx.exact, starts, *given, dx, ddt, dA, dB, dC, dh0)
+        return dx, ddt, dA.sum(0), dB.sum(0), dC.sum(0), dh0, None
+
+
+def _run(kernel, *arguments: Tensor | bool) -> None:
+    """Run a kernel on tensors, with as many threads as PyTorch would use."""
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    kernel(*(a.detach().numpy() if isinstance(a, Tensor) else a for a in arguments))
+
+
+@njit(**LOOP)
+def _forward(x, dt, A, B, C, h0, exact, y, starts, h_last):
+    batch, length, d_inner = x.shape
+    d_state = A.shape[1]
+    blocks = -(-d_inner // BLOCK)
+    for program in prange(batch * blocks):
+        b, first = program // blocks, program % blocks * BLOCK
+        last = min(first + BLOCK, d_inner)
+        h = h0[b, first:last].copy()
+        for t in range(length):
+            if t % CHUNK == 0:
+                starts[b, t // CHUNK, first:last] = h
+            for d in range(first, last):
+                step, drive, total = dt[b, t, d], dt[b, t, d] * x[b, t, d], f32(0)
+                for n in range(d_state):
+                    a = _exp(step * A[d, n])
+                    w = _exprel(step * A[d, n], a) if exact else f32(1)
+                    state = a * h[d - first, n] + w * drive * B[b, t, n]
+                    h[d - first, n] = state
+                    total += state * C[b, t, n]
+                y[b, t, d] = total
+        h_last[b, first:last] = h
+
+
+@njit(**LOOP)
+def _backward(x, dt, A, B, C, exact, starts, dy, dh_last, dx, ddt, dA, dB, dC, dh0):
+    batch, length, d_inner = x.shape
+    d_state = A.shape[1]
+    blocks = -(-d_inner // BLOCK)
+    for program in prange(batch * blocks):
+        b, block = program // blocks, program % blocks
+        first, last = block * BLOCK, min(block * BLOCK + BLOCK, d_inner)
+        g = dh_last[b, first:last].copy()  # the gradient of the state, through all that follows
+        decay = np.empty((CHUNK, BLOCK, d_state), f32)
+        h = np.empty((CHUNK + 1, BLOCK, d_state), f32)  # h[k] is the state before token k
+        for chunk in range(starts.shape[1] - 1, -1, -1):
+            begin, end = chunk * CHUNK, min(chunk * CHUNK + CHUNK, length)
+            h[0, : last - first] = starts[b, chunk, first:last]
+            for t in range(begin, end):
+                for d in range(first, last):
+                    k, i = t - begin, d - first
+                    step, drive = dt[b, t, d], dt[b, t, d] * x[b, t, d]
+                    for n in range(d_state):
+                        a = _exp(step * A[d, n])
+                        w = _exprel(step * A[d, n], a) if exact else f32(1)
+                        decay[k, i, n] = a
+                        h[k + 1, i, n] = a * h[k, i, n] + w * drive * B[b, t, n]
+            for t in range(end - 1, begin - 1, -1):
+                for d in range(first, last):
+                    k, i = t - begin, d - first
+                    step, drive = dt[b, t, d], dt[b, t, d] * x[b, t, d]
+                    ddrive, dstep = f32(0), f32(0)
+                    for n in range(d_state):
+                        a, z = decay[k, i, n], step * A[d, n]
+                        w = _exprel(z, a) if exact else f32(1)
+                        gh = g[i, n] + dy[b, t, d] * C[b, t, n]
+                        dz = gh * a * h[k, i, n]
+                        if exact:
+                            dz += gh * drive * B[b, t, n] * _exprel_slope(z, a, w)
+                        dC[block, b, t, n] += dy[b, t, d] * h[k + 1, i, n]
+                        dB[block, b, t, n] += gh * w * drive
+                        dA[b, d, n] += dz * step
+                        ddrive += gh * w * B[b, t, n]
+                        dstep += dz * A[d, n]
+                        g[i, n] = gh * a
+                    dx[b, t, d] = ddrive * step
+                    ddt[b, t, d] = ddrive * x[b, t, d] + dstep
+        dh0[b, first:last] = g
+
+
+# Numba calls the C library's exp one number at a time. Written out as a polynomial, it becomes
+# part of the vector loop. The test compares it with numpy at every size of argument.
+
+
+@njit(**PIECE)
+def _exp(z):
+    """e^z = 2^k e^r with k whole and |r| ≤ ½ ln 2; below e^−87 and above e^88 it stays there.
+
+    e^r by its Taylor polynomial to r⁷; the remainder is below 6e-9 of the value.
+    """
+    z = f32(-87) if z < f32(-87) else (f32(88) if z > f32(88) else z)
+    k = np.floor(z * f32(1.44269504) + f32(0.5))
+    r = (z - k * f32(0.693359375)) + k * f32(2.12194440e-4)  # k ln 2 in two parts, the first exact
+    p = f32(1 / 720) + r * f32(1 / 5040)
+    p = f32(1 / 24) + r * (f32(1 / 120) + r * p)
+    p = f32(1) + r * (f32(1) + r * (f32(1 / 2) + r * (f32(1 / 6) + r * p)))
+    return p * np.int32((np.int32(k) + np.int32(127)) << np.int32(23)).view(f32)
+
+
+@njit(**PIECE)
+def _exprel(z, exp):
+    """(e^z − 1)/z, near 0 by its series Σ z^k/(k+1)!, where the difference would cancel."""
+    p = f32(1 / 5040) + z * (f32(1 / 40320) + z * f32(1 / 362880))
+    p = f32(1 / 24) + z * (f32(1 / 120) + z * (f32(1 / 720) + z * p))
+    p = f32(1) + z * (f32(1 / 2) + z * (f32(1 / 6) + z * p))
+    return p if abs(z) < f32(0.6) else (exp - f32(1)) / z
+
+
+@njit(**PIECE)
+def _exprel_slope(z, exp, exprel):
+    """The derivative of `_exprel`, (e^z − exprel(z))/z, near 0 by Σ (k+1) z^k/(k+2)!."""
+    p = f32(6 / 5040) + z * (f32(7 / 40320) + z * f32(8 / 362880))
+    p = f32(4 / 120) + z * (f32(5 / 720) + z * p)
+    p = f32(1 / 2) + z * (f32(2 / 6) + z * (f32(3 / 24) + z * p))
+    return p if abs(z) < f32(0.6) else (exp - exprel) / z
