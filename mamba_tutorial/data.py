@@ -1,4 +1,4 @@
-"""Recorded signals that ship inside installed libraries, so that nothing is downloaded."""
+"""Recorded signals, images and text that ship inside libraries, so that nothing is downloaded."""
 
 import importlib
 
@@ -40,6 +40,24 @@ def handwritten_digits() -> tuple[Float[Tensor, "images rows columns"], Int[Tens
     """
     digits = _library("sklearn.datasets").load_digits()
     return torch.as_tensor(digits.images).float() / 16, torch.as_tensor(digits.target).long()
+
+
+def reference_text() -> tuple[Int[Tensor, " train"], Int[Tensor, " test"]]:
+    """Return the reference manual of the Python language as bytes: to learn from, and held out.
+
+    The text of `help("for")` and its like, which Python brings along in `pydoc_data.topics`; so its
+    length differs a little between versions of Python. Topics quote each other, so a paragraph that
+    has come before is left out, lest the held-out text be found in the other. The held-out text is
+    the last twentieth.
+
+    Returns:
+        Two runs of byte values, 0 to 255, int64.
+    """
+    topics = importlib.import_module("pydoc_data.topics").topics
+    paragraphs = "\n\n".join(topics[name].strip() for name in sorted(topics)).split("\n\n")
+    text = "\n\n".join(dict.fromkeys(paragraphs)).encode()
+    values = torch.tensor(list(text))
+    return values[: -(len(text) // 20)], values[-(len(text) // 20) :]
 
 
 def _library(module: str):

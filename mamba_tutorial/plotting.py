@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.ticker import NullFormatter
@@ -30,6 +30,7 @@ INK, BLUE, ORANGE, TEAL, PLUM, GREY = (
     "#8a9099",
 )
 PALE = "#e8edf3"
+HEAT = LinearSegmentedColormap.from_list("heat", ["white", "#f6c9a0", ORANGE, "#6b3206"])
 WIDTH = 8.0  # inches: the width of a page's text
 
 plt.rcParams.update(
@@ -409,20 +410,27 @@ def descent(
 
 
 @dataclass(frozen=True, repr=False)
-class Slider:
-    """A picture with one slider, drawn in the page by a few lines of JavaScript.
+class Interactive:
+    """A picture that the reader moves, drawn in the page by a few lines of JavaScript.
 
-    Shows curves over a shared x axis for each position of the slider. Needs no network and no
-    running kernel: all positions are computed before. Built by `slider`.
+    Needs no network and no running kernel: all that it shows was computed before. Built by `slider`
+    and `scan_steps`.
+
+    Attributes:
+        template: a file of the package, with {{data}} in the place of the data.
+        data: what the template draws.
+        name: what a reader without HTML sees.
     """
 
+    template: str
     data: dict
+    name: str
 
     def __repr__(self) -> str:
-        return f"<{self.data['label']}: a figure with a slider of {len(self.data['values'])} steps>"
+        return f"<{self.name}>"
 
     def _repr_html_(self) -> str:
-        template = files("mamba_tutorial").joinpath("slider.html").read_text(encoding="utf-8")
+        template = files("mamba_tutorial").joinpath(self.template).read_text(encoding="utf-8")
         return template.replace("{{data}}", json.dumps(self.data, separators=(",", ":")))
 
 
@@ -437,11 +445,10 @@ def slider(
     start: int,
     xlabel: str,
     description: str,
-) -> Slider:
+) -> Interactive:
     """Draw held signals as staircases, some fixed and some that move with a slider.
 
     A value that is NaN is not drawn.
-
 
     Args:
         x: (length,), the positions of the samples.
@@ -454,7 +461,8 @@ def slider(
         xlabel: label of the x axis.
         description: what the picture shows, for those who cannot see it.
     """
-    return Slider(
+    return Interactive(
+        "slider.html",
         {
             "x": _short(x),
             "fixed": {name: _short(curve) for name, curve in fixed.items()},
@@ -465,8 +473,92 @@ def slider(
             "start": start,
             "xlabel": xlabel,
             "description": description,
-        }
+        },
+        f"{label}: a figure with a slider of {len(values)} steps",
     )
+
+
+def scan_steps(
+    steps: Sequence, notes: Sequence[str], *, start: int, description: str
+) -> Interactive:
+    """Draw the steps of a scan, which the reader goes through with a slider.
+
+    Each place shows a row of cells, one for each element of the input; those that have been
+    combined there are filled, and those that changed in the step are orange. Lines lead from the
+    two operands, the earlier one blue, to the place of the result, which is the later of the two.
+
+    Args:
+        steps: each with `intervals` and `joined`, as `mamba_tutorial.scan.trace` returns them.
+        notes: what to say under the picture at each step.
+        start: the step that is shown first.
+        description: what the picture shows, for those who cannot see it.
+    """
+    drawn = [
+        {
+            "intervals": step.intervals,
+            "joined": [(left, right, max(left, right)) for left, right in step.joined],
+            "note": note,
+        }
+        for step, note in zip(steps, notes, strict=True)
+    ]
+    data = {"steps": drawn, "start": start, "description": description}
+    return Interactive("stepper.html", data, f"a figure with a slider of {len(drawn)} steps")
+
+
+def token_heat(
+    lines: Sequence[tuple[Sequence[str], ArrayLike]], *, label: str, span: tuple[float, float]
+) -> Figure:
+    """Draw lines of tokens under heat maps of a quantity that each token has in several channels.
+
+    Args:
+        lines: for each line its tokens and the quantity, (channels, tokens).
+        label: what the colour means.
+        span: the values of the lightest and of the darkest colour, on a logarithmic scale.
+    """
+    figure, axes = _subplots(1.6 * len(lines) + 0.2, rows=len(lines))
+    norm = LogNorm(*span, clip=True)
+    for ax, (tokens, heat) in zip(axes, lines, strict=True):
+        picture = ax.imshow(heat, aspect="auto", cmap=HEAT, norm=norm, interpolation="none")
+        ax.set_xticks(range(len(tokens)), tokens, family="monospace", fontsize=9.5)
+        ax.set(yticks=[], ylabel="channels")
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+    figure.colorbar(picture, ax=axes, label=label, fraction=0.02, pad=0.01, extend="both")
+    return figure
+
+
+def mamba_block() -> Figure:
+    """Draw the Mamba block: two branches, one of which convolves and scans, one of which gates."""
+    figure, (ax,) = _subplots(3.1)
+    low, high = 0.7, 2.1
+    stations = {"conv": 3.0, "silu": 4.35, "SSM": 5.9}
+    _box(ax, (1.2, 1.4), r"$W_\mathrm{in}$")
+    for name, x in stations.items():
+        _box(ax, (x, high), name, color=ORANGE if name == "SSM" else BLUE, fontsize=11.5)
+    _box(ax, (4.35, low), "silu", fontsize=11.5)
+    _box(ax, (8.9, 1.4), r"$W_\mathrm{out}$")
+    _box(ax, (5.9, 3.3), r"$\Delta,B,C$", color=ORANGE, dashed=True, fontsize=11.5)
+    _sum(ax, (7.4, 1.4), "×")
+    _arrow(ax, (0.2, 1.4), (0.77, 1.4), "$u$", at=(0.0, 1.4))
+    _path(ax, [(1.63, 1.4), (2.05, 1.4), (2.05, high), (2.57, high)])
+    _path(ax, [(2.05, 1.4), (2.05, low), (3.92, low)])
+    _arrow(ax, (3.43, high), (3.92, high))
+    _arrow(ax, (4.78, high), (5.47, high), "$x$", at=(5.28, high - 0.2))
+    _path(ax, [(5.1, high), (5.1, 3.3), (5.47, 3.3)], dashed=True)
+    _arrow(ax, (5.9, 2.97), (5.9, high + 0.33), dashed=True)
+    _path(ax, [(6.33, high), (7.4, high), (7.4, 1.57)])
+    _path(ax, [(4.78, low), (7.4, low), (7.4, 1.23)])
+    _arrow(ax, (7.57, 1.4), (8.47, 1.4))
+    _arrow(ax, (9.33, 1.4), (9.95, 1.4))
+    for at, text in (
+        ((2.3, high + 0.2), "$x$"),
+        ((2.9, low + 0.2), "$z$"),
+        ((6.9, high + 0.2), "$y$"),
+    ):
+        ax.text(*at, text, ha="center", va="center", fontsize=13)
+    ax.set(xlim=(-0.2, 10.1), ylim=(0.2, 3.75), aspect="equal")
+    ax.axis("off")
+    return figure
 
 
 def _short(values: ArrayLike) -> list[float | None]:
@@ -491,17 +583,24 @@ def _keep_width(figure: Figure):
     figure.add_artist(page)
 
 
-def _box(ax: Axes, centre: tuple[float, float], text: str, color: str = BLUE, dashed=False):
+def _box(
+    ax: Axes,
+    centre: tuple[float, float],
+    text: str,
+    color: str = BLUE,
+    dashed: bool = False,
+    fontsize: float = 14,
+):
     x, y = centre
     box = FancyBboxPatch((x - 0.4, y - 0.3), 0.8, 0.6, boxstyle="round,pad=0.03,rounding_size=0.08")
     box.set(facecolor="white", edgecolor=color, linewidth=1.6, linestyle="--" if dashed else "-")
     ax.add_patch(box)
-    ax.text(x, y, text, ha="center", va="center", fontsize=14)
+    ax.text(x, y, text, ha="center", va="center", fontsize=fontsize)
 
 
-def _sum(ax: Axes, centre: tuple[float, float]):
+def _sum(ax: Axes, centre: tuple[float, float], sign: str = "+"):
     ax.add_patch(plt.Circle(centre, 0.17, facecolor="white", edgecolor=INK, linewidth=1.4))
-    ax.text(*centre, "+", ha="center", va="center_baseline", fontsize=12)
+    ax.text(*centre, sign, ha="center", va="center_baseline", fontsize=12)
 
 
 def _arrow(ax: Axes, start, end, text: str = "", at=None, dashed: bool = False):

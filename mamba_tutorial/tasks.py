@@ -1,4 +1,4 @@
-"""Synthetic tasks that ask one question of a sequence model, as generators of batches.
+"""Tasks for a sequence model, as generators of batches: three synthetic ones, and text.
 
 Each takes the size of a batch and a `torch.Generator`, so a seed fixes all data, and returns
 (inputs, targets) of token ids, both (batch, length), int64. A target of `IGNORE` is not scored.
@@ -78,6 +78,31 @@ def induction_heads(
     targets = torch.full_like(inputs, IGNORE)
     targets[:, -1] = inputs.gather(1, place + 1).squeeze(1)
     return inputs, targets
+
+
+def next_token(
+    batch: int, generator: torch.Generator, *, tokens: Int[Tensor, " text"], length: int
+) -> Batch:
+    """Predict the next token at every place of a piece of text.
+
+        input    t₀ t₁ … t_{L−1}
+        target   t₁ t₂ … t_L
+
+    Args:
+        batch: the number of pieces.
+        generator: the source of randomness: where the pieces begin.
+        tokens: the text.
+        length: of the pieces, L.
+
+    Raises:
+        TypeError, ValueError: a size is not a positive whole number, or the text is too short.
+    """
+    _check_sizes(batch=(batch, 1), length=(length, 1))
+    if len(tokens) <= length:
+        raise ValueError(f"tokens has length {len(tokens)}, expected more than {length}")
+    starts = torch.randint(len(tokens) - length, (batch, 1), generator=generator)
+    pieces = tokens[starts + torch.arange(length + 1)]
+    return pieces[:, :-1], pieces[:, 1:]
 
 
 def _recall(

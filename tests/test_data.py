@@ -37,3 +37,14 @@ def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pywt.data", None)
     with pytest.raises(ImportError, match=r"pywt.data is not installed.*mamba-tutorial\[notebooks"):
         data.electrocardiogram()
+
+
+def test_reference_text_is_long_and_held_out():
+    train, test = data.reference_text()
+    assert len(train) > 300_000
+    assert abs(len(test) / len(train) - 1 / 19) < 0.001
+    assert train.min() >= 0
+    assert train.max() <= 255
+    assert b'"assert"' in bytes(train[:2000].tolist())
+    known, new = (bytes(part.tolist()).split(b"\n\n") for part in (train, test))
+    assert not set(new[1:-1]) & set(known)  # no held-out paragraph can be looked up

@@ -44,8 +44,10 @@ def test_exp_at_its_ends_and_at_nan():
     assert np.isnan(nan)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_threads_are_those_of_pytorch(threads, monkeypatch):
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_programs_are_shared_out_among_the_threads_of_pytorch(threads, monkeypatch):
     monkeypatch.setattr(cpu.torch, "get_num_threads", lambda: threads)
-    cpu._run(lambda: None)
-    assert numba.get_num_threads() == min(threads, numba.config.NUMBA_NUM_THREADS)
+    ranges = []
+    cpu._run(lambda begin, end: ranges.append((begin, end)), 5)
+    assert len(ranges) == (1 if threads == 1 else 5)
+    assert sorted(p for begin, end in ranges for p in range(begin, end)) == list(range(5))

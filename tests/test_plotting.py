@@ -10,6 +10,7 @@ import pytest
 mpl.use("Agg")
 
 from mamba_tutorial import plotting
+from mamba_tutorial.scan import blelloch, trace
 
 T = np.linspace(0, 1, 20)
 PICTURES = {
@@ -32,6 +33,10 @@ PICTURES = {
         [1.0, 0.5, 0.25], {"a": {"first": [1.0, 0.5, 0.25], "exact": [1e-15] * 3}}
     ),
     "stability_regions": lambda: plotting.stability_regions({"euler": lambda z: 1 + z}),
+    "token_heat": lambda: plotting.token_heat(
+        [("abc", np.eye(3)), ("defg", np.ones((2, 4)))], label="Δ", span=(0.1, 1.0)
+    ),
+    "mamba_block": plotting.mamba_block,
     "descent": lambda: plotting.descent(T + 0.1, T + 0.1, {"a": (T + 0.1, T + 0.1)}, true=0.5),
 }
 
@@ -69,3 +74,18 @@ def test_slider_holds_its_data_and_asks_for_nothing():
     assert data["values"] == ["0.1", "1"]
     assert not re.search(r"(src|href)\s*=", html)
     assert repr(widget) == "<Δ: a figure with a slider of 2 steps>"
+
+
+def test_stepper_holds_the_steps_and_asks_for_nothing():
+    steps = trace(blelloch, 4)
+    figure = plotting.scan_steps(
+        steps, [f"note {i}" for i in range(len(steps))], start=1, description=""
+    )
+    html = figure._repr_html_()
+    data = json.loads(re.search(r'application/json">(.*?)</script>', html, re.S)[1])
+    assert data["steps"][1]["joined"] == [[0, 1, 1], [2, 3, 3]]
+    assert data["steps"][4]["joined"] == [[3, 1, 3]]
+    assert data["steps"][-1]["intervals"] == [[0, 1], [0, 2], [0, 3], [0, 4]]
+    assert data["steps"][2]["note"] == "note 2"
+    assert not re.search(r"(src|href)\s*=", html)
+    assert repr(figure) == f"<a figure with a slider of {len(steps)} steps>"

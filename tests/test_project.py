@@ -140,8 +140,22 @@ def test_constraints_pin_what_the_project_asks_for(minor):
             assert requirement.specifier.contains(version), f"{text}, pinned to {version}"
 
 
-def test_example_of_the_readme_prints_what_it_says():
-    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+def readme_example(word):
+    (code,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.S) if word in code)
     result = python(code)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == re.search(r"# (torch\.Size.*)", code)[1]
+    return code, result.stdout
+
+
+def test_example_of_the_readme_prints_what_it_says():
+    code, printed = readme_example("StateSpace")
+    assert printed.strip() == re.search(r"# (torch\.Size.*)", code)[1]
+
+
+@pytest.mark.slow
+def test_readme_trains_and_generates_in_ten_lines():
+    code, printed = readme_example("reference_text")
+    assert len([line for line in code.splitlines() if not line.startswith(("import", "from"))]) <= 10
+    assert printed.startswith("The function ")
+    assert len(printed) > 150
+    assert len(set(printed[13:].split())) > 10  # words, not noise

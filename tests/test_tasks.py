@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from mamba_tutorial.tasks import GO, IGNORE, NOISE, copying, induction_heads, selective_copying
+from mamba_tutorial.tasks import (
+    GO,
+    IGNORE,
+    NOISE,
+    copying,
+    induction_heads,
+    next_token,
+    selective_copying,
+)
 
 
 def seeded(seed=0):
@@ -79,3 +87,15 @@ def test_a_seed_fixes_the_data(make):
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call(seeded())
+
+
+def test_next_token_is_the_text_moved_by_one():
+    tokens = torch.arange(1000) % 251
+    inputs, targets = next_token(64, torch.Generator().manual_seed(0), tokens=tokens, length=20)
+    assert inputs.shape == targets.shape == (64, 20)
+    assert torch.equal(targets, (inputs + 1) % 251)
+    assert len(set(inputs[:, 0].tolist())) > 40
+    whole, _ = next_token(500, torch.Generator().manual_seed(0), tokens=tokens[:22], length=20)
+    assert set(whole[:, 0].tolist()) == {0, 1}  # every place can come first, the last one too
+    with pytest.raises(ValueError, match="tokens has length 20, expected more than 20"):
+        next_token(1, torch.Generator(), tokens=tokens[:20], length=20)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mamba_tutorial.training import accuracy, train
+from mamba_tutorial.training import accuracy, parameter_groups, train
 
 
 def batches(generator):
@@ -121,3 +121,19 @@ def test_bad_input(tmp_path, as_a_user):
         train(model(), batches, steps=3, checkpoint=file)
     with pytest.raises(ValueError, match="the loss is nan at step 1"):
         train(model(), lambda g: (torch.full((2, 4), torch.nan), torch.tensor([0, 1])), steps=1)
+
+
+def test_what_decays_and_what_does_not():
+    class Layer(nn.Module):
+        no_weight_decay = frozenset({"scale"})
+
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3, 3))
+            self.inner = nn.Linear(3, 3)
+            self.tied = self.inner
+
+    layer = Layer()
+    decaying, others = (group["params"] for group in parameter_groups(layer, 0.1))
+    assert [id(p) for p in decaying] == [id(layer.inner.weight)]
+    assert {id(p) for p in others} == {id(layer.scale), id(layer.inner.bias)}

@@ -4,15 +4,20 @@
 
 for each sequence, channel d and state n, where w(z) = (e^z − 1)/z for the zero-order hold and 1 for
 the rule of the released Mamba. Nothing of the size (batch, length, d_inner, d_state) is stored. A
-thread takes BLOCK channels of a sequence and walks along the length; the state stays in its cache.
-Every CHUNK tokens the forward pass writes the state down. The backward pass starts from the last of
-these, computes the states of its chunk once more, and goes back through them.
+*program* takes BLOCK channels of a sequence and walks along the length; the state stays in the
+cache. Every CHUNK tokens the forward pass writes the state down. The backward pass starts from the
+last of these, computes the states of its chunk once more, and goes back through them.
+
+The threads are plain Python threads, for the compiled loops do not hold the interpreter's lock.
 """
 
-import numba
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
 BLOCK = 64  # channels of a program: its states fill a few kilobytes
@@ -21,7 +26,7 @@ f32 = np.float32
 
 # Sums over the states may be reordered into vectors. NaN and infinity keep their meaning.
 FAST = {"contract", "nsz", "reassoc", "arcp"}
-LOOP = {"parallel": True, "fastmath": FAST, "error_model": "numpy", "cache": True}
+LOOP = {"nogil": True, "fastmath": FAST, "error_model": "numpy", "cache": True}
 PIECE = {"inline": "always", "fastmath": FAST}
 
 
@@ -38,7 +43,8 @@ class SelectiveScan(torch.autograd.Function):
         batch, length, d_inner = x.shape
         starts = x.new_empty(batch, -(-length // CHUNK), d_inner, A.shape[1])
         y, h_last = torch.empty_like(x), torch.empty_like(h0)
-        _run(_forward, *inputs, exact, y, starts, h_last)
+        programs = batch * -(-d_inner // BLOCK)
+        _run(_forward, programs, *inputs, exact, y, starts, h_last)
         ctx.save_for_backward(x, dt, A, B, C, starts)
         ctx.exact = exact
         return y, h_last
@@ -55,22 +61,32 @@ class SelectiveScan(torch.autograd.Function):
         dA = x.new_zeros(batch, d_inner, d_state)
         dB, dC = x.new_zeros(2, blocks, batch, length, d_state).unbind(0)
         given = dy.contiguous(), dh_last.contiguous()
-        _run(_backward, x, dt, A, B, C, ctx.exact, starts, *given, dx, ddt, dA, dB, dC, dh0)
+        results = dx, ddt, dA, dB, dC, dh0
+        _run(_backward, batch * blocks, x, dt, A, B, C, ctx.exact, starts, *given, *results)
         return dx, ddt, dA.sum(0), dB.sum(0), dC.sum(0), dh0, None
 
 
-def _run(kernel, *arguments: Tensor | bool) -> None:
-    """Run a kernel on tensors, with as many threads as PyTorch would use."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    kernel(*(a.detach().numpy() if isinstance(a, Tensor) else a for a in arguments))
+def _run(kernel: Callable, programs: int, *arguments: Tensor | bool) -> None:
+    """Run all programs of a kernel, on as many threads as PyTorch would use."""
+    arrays = [a.detach().numpy() if isinstance(a, Tensor) else a for a in arguments]
+    threads = min(torch.get_num_threads(), programs)
+    if threads == 1:
+        kernel(0, programs, *arrays)
+    else:  # one program at a time, so that a thread that is held up does less
+        list(_pool(threads).map(lambda p: kernel(p, p + 1, *arrays), range(programs)))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="selective_scan")
 
 
 @njit(**LOOP)
-def _forward(x, dt, A, B, C, h0, exact, y, starts, h_last):
-    batch, length, d_inner = x.shape
+def _forward(begin, end, x, dt, A, B, C, h0, exact, y, starts, h_last):
+    _, length, d_inner = x.shape
     d_state = A.shape[1]
     blocks = -(-d_inner // BLOCK)
-    for program in prange(batch * blocks):
+    for program in range(begin, end):
         b, first = program // blocks, program % blocks * BLOCK
         last = min(first + BLOCK, d_inner)
         h = h0[b, first:last].copy()
@@ -90,31 +106,31 @@ def _forward(x, dt, A, B, C, h0, exact, y, starts, h_last):
 
 
 @njit(**LOOP)
-def _backward(x, dt, A, B, C, exact, starts, dy, dh_last, dx, ddt, dA, dB, dC, dh0):
-    batch, length, d_inner = x.shape
+def _backward(begin, end, x, dt, A, B, C, exact, starts, dy, dh_last, dx, ddt, dA, dB, dC, dh0):
+    _, length, d_inner = x.shape
     d_state = A.shape[1]
     blocks = -(-d_inner // BLOCK)
-    for program in prange(batch * blocks):
+    for program in range(begin, end):
         b, block = program // blocks, program % blocks
         first, last = block * BLOCK, min(block * BLOCK + BLOCK, d_inner)
         g = dh_last[b, first:last].copy()  # the gradient of the state, through all that follows
         decay = np.empty((CHUNK, BLOCK, d_state), f32)
         h = np.empty((CHUNK + 1, BLOCK, d_state), f32)  # h[k] is the state before token k
         for chunk in range(starts.shape[1] - 1, -1, -1):
-            begin, end = chunk * CHUNK, min(chunk * CHUNK + CHUNK, length)
+            start, stop = chunk * CHUNK, min(chunk * CHUNK + CHUNK, length)
             h[0, : last - first] = starts[b, chunk, first:last]
-            for t in range(begin, end):
+            for t in range(start, stop):
                 for d in range(first, last):
-                    k, i = t - begin, d - first
+                    k, i = t - start, d - first
                     step, drive = dt[b, t, d], dt[b, t, d] * x[b, t, d]
                     for n in range(d_state):
                         a = _exp(step * A[d, n])
                         w = _exprel(step * A[d, n], a) if exact else f32(1)
                         decay[k, i, n] = a
                         h[k + 1, i, n] = a * h[k, i, n] + w * drive * B[b, t, n]
-            for t in range(end - 1, begin - 1, -1):
+            for t in range(stop - 1, start - 1, -1):
                 for d in range(first, last):
-                    k, i = t - begin, d - first
+                    k, i = t - start, d - first
                     step, drive = dt[b, t, d], dt[b, t, d] * x[b, t, d]
                     ddrive, dstep = f32(0), f32(0)
                     for n in range(d_state):
