@@ -155,7 +155,8 @@ def test_example_of_the_readme_prints_what_it_says():
 @pytest.mark.slow
 def test_readme_trains_and_generates_in_ten_lines():
     code, printed = readme_example("reference_text")
-    assert len([line for line in code.splitlines() if not line.startswith(("import", "from"))]) <= 10
+    lines = [line for line in code.splitlines() if not line.startswith(("import", "from"))]
+    assert len(lines) <= 10
     assert printed.startswith("The function ")
     assert len(printed) > 150
     assert len(set(printed[13:].split())) > 10  # words, not noise
