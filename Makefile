@@ -9,7 +9,7 @@ HOME_PAGE := $(CURDIR)/_build/html/index.html
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help book lab test test-fast bench execute clean
+.PHONY: help book lab test test-fast test-gpu bench execute clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1 \2/p' Makefile | awk '{ printf "%s %-10s", $$1, $$2; $$1 = $$2 = ""; print }'
@@ -40,6 +40,10 @@ test: $(READY)  ## run everything: style, arrows, tests, all notebooks, the book
 
 test-fast: $(READY)  ## run the tests of the package alone, in under a minute
 	@$(PYTEST) tests -m "not slow"
+
+test-gpu: $(READY)  ## run the tests of the kernels and of the model on an NVIDIA GPU
+	@$(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" || { echo "PyTorch sees no GPU here"; exit 1; }
+	@$(BIN)/python -m pytest tests/test_kernels.py tests/test_mamba.py
 
 .venv/bench: $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'

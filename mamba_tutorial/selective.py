@@ -16,7 +16,8 @@ computes (`selective_scan_ref` of mamba_ssm), and so what its checkpoints were t
 
 import importlib.util
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Literal
 
 import torch
@@ -30,7 +31,7 @@ from mamba_tutorial.discretize import exprel
 from mamba_tutorial.scan import linear_scan
 
 Discretization = Literal["mamba", "zoh"]
-Backend = Literal["auto", "sequential", "parallel", "numba"]
+Backend = Literal["auto", "sequential", "parallel", "numba", "triton"]
 Tokens = Float[Tensor, "batch length d_inner"]
 Shared = Float[Tensor, "batch length d_state"]
 State = Float[Tensor, "batch d_inner d_state"]
@@ -74,8 +75,9 @@ def selective_scan(
         return_last_state: return the state after the last token as well.
         discretization: of B, "mamba" or "zoh"; see above.
         backend: "sequential" is the definition, a loop over the tokens; "parallel" goes through
-            `linear_scan`, some tokens at a time; "numba" is one fused loop, for float32 on a CPU,
-            where Numba is installed. "auto" takes the fastest that fits.
+            `linear_scan`, some tokens at a time; "numba" is one fused loop on a CPU, "triton" one
+            fused kernel on a GPU (without a GPU: in Triton's interpreter), both with a state of
+            float32, where Numba or Triton is installed. "auto" takes the fastest that fits.
 
     Returns:
         y: (batch, length, d_inner), in the dtype of x; and, if asked for, the last state (batch,
@@ -88,18 +90,16 @@ def selective_scan(
             or discretization, or the backend does not fit.
     """
     check_choice("discretization", discretization, ["mamba", "zoh"])
-    check_choice("backend", backend, ["auto", *BACKENDS])
+    check_choice("backend", backend, ["auto", *BACKENDS, "triton"])
     sizes = _check_tokens("batch length", x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     if sizes["length"] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected a length of at least 1")
-    state = sizes["batch"], *A.shape
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    h0 = x.new_zeros(state, dtype=dtype) if h0 is None else _check_state("h0", h0, x, state)
-    step = _step_size(dt, dt_bias, dt_softplus, dtype)
-    run = BACKENDS[_choose(x) if backend == "auto" else backend]
-    inputs = [tensor.to(dtype) for tensor in (x, A, B, C, h0)]
-    y, h_last = run(inputs[0], step, *inputs[1:], discretization == "zoh")
-    y = _skip_and_gate(y, x, D, z)
+    if h0 is not None:
+        h0 = _check_state("h0", h0, x, (sizes["batch"], *A.shape))
+    name = _choose(x) if backend == "auto" else backend
+    run = _triton if name == "triton" else partial(_unfused_ends, BACKENDS[name])
+    exact = discretization == "zoh"
+    y, h_last = run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact)
     return (y, h_last) if return_last_state else y
 
 
@@ -261,7 +261,56 @@ def inverse_softplus(y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return y + torch.log(-torch.expm1(-y))
 
 
-# Backends: (x, Δ, A, B, C, h0, exact) → (y, last state), all of one dtype, without D and gate.
+def _triton(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    h0: Tensor | None,
+    dt_softplus: bool,
+    exact: bool,
+) -> tuple[Tensor, Tensor]:
+    """The whole of it in one kernel: bias, softplus, scan, skip connection and gate."""
+    if not _installed("triton"):
+        raise ValueError("backend is 'triton', but Triton is not installed: pip install triton")
+    if x.dtype == torch.float64 or x.is_cuda != torch.cuda.is_available():
+        given = f"{x.dtype} on {x.device}"
+        raise ValueError(f"backend is 'triton', which computes in float32 on a GPU, not {given}")
+    if not dt_softplus:
+        _step_size(dt, dt_bias, False, torch.float32)  # for its check alone
+    from mamba_tutorial.kernels.selective_scan import SelectiveScan
+
+    return SelectiveScan.apply(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact)
+
+
+def _unfused_ends(
+    scan: Callable,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    h0: Tensor | None,
+    dt_softplus: bool,
+    exact: bool,
+) -> tuple[Tensor, Tensor]:
+    """Bias and softplus before a scan, skip connection and gate after it, as PyTorch operations."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if h0 is None:
+        h0 = x.new_zeros(len(x), *A.shape, dtype=dtype)
+    step = _step_size(dt, dt_bias, dt_softplus, dtype)
+    y, h_last = scan(x.to(dtype), step, A.to(dtype), B.to(dtype), C.to(dtype), h0, exact)
+    return _skip_and_gate(y, x, D, z), h_last
+
+
+# Scans: (x, Δ, A, B, C, h0, exact) → (y, last state), all of one dtype, without D and gate.
 
 
 def _sequential(
@@ -300,7 +349,7 @@ def _chunk(
 def _numba(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, exact: bool
 ) -> tuple[Tensor, Tensor]:
-    if not _has_numba():
+    if not _installed("numba"):
         raise ValueError("backend is 'numba', but Numba is not installed: pip install numba")
     if x.device.type != "cpu" or x.dtype != torch.float32:
         given = f"{x.dtype} on {x.device}"
@@ -314,12 +363,16 @@ BACKENDS = {"sequential": _sequential, "parallel": _parallel, "numba": _numba}
 
 
 def _choose(x: Tensor) -> Backend:
-    fits = x.device.type == "cpu" and x.dtype != torch.float64
-    return "numba" if fits and _has_numba() else "parallel"
+    if x.dtype != torch.float64:
+        if x.is_cuda and _installed("triton"):
+            return "triton"
+        if x.device.type == "cpu" and _installed("numba"):
+            return "numba"
+    return "parallel"
 
 
-def _has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
+def _installed(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
 
 
 def _advance(

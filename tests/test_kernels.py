@@ -1,11 +1,26 @@
-"""The pieces of the compiled loops, against numpy and scipy."""
+"""The compiled loops: their pieces against numpy and scipy, the whole against the definition.
+
+The Triton kernels run on a GPU where there is one, else in Triton's interpreter.
+"""
+
+import importlib.util
+import re
+import subprocess
+import sys
 
 import numba
 import numpy as np
 import pytest
 import scipy.special
+import torch
 
 from mamba_tutorial.kernels import cpu
+from mamba_tutorial.selective import selective_scan
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton exists for Linux only"
+)
 
 
 @numba.njit
@@ -51,3 +66,199 @@ def test_programs_are_shared_out_among_the_threads_of_pytorch(threads, monkeypat
     cpu._run(lambda begin, end: ranges.append((begin, end)), 5)
     assert len(ranges) == (1 if threads == 1 else 5)
     assert sorted(p for begin, end in ranges for p in range(begin, end)) == list(range(5))
+
+
+# the fused kernels in Triton
+
+SHAPES = {  # batch, length, d_inner, d_state
+    "one of everything": (1, 1, 1, 1),
+    "odd": (2, 37, 11, 5),
+    "whole tiles": (1, 32, 16, 16),
+    "a wide state": (1, 9, 3, 70),
+    "released state, odd rest": (3, 21, 9, 16),
+}
+WITHOUT = [(), ("D",), ("z",), ("dt_bias",), ("h0",), ("D", "z", "dt_bias", "h0")]
+
+
+def problem(batch, length, d_inner, d_state, without=(), dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape, dtype=torch.float32):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+    tokens, shared = (batch, length, d_inner), (batch, length, d_state)
+    inputs = {
+        "x": random(*tokens, dtype=dtype),
+        "dt": random(*tokens, dtype=dtype) - 2,
+        "A": -3 * random(d_inner, d_state).abs(),
+        "B": random(*shared, dtype=dtype),
+        "C": random(*shared, dtype=dtype),
+        "D": random(d_inner),
+        "z": random(*tokens, dtype=dtype),
+        "dt_bias": random(d_inner),
+        "h0": random(batch, d_inner, d_state),
+    }
+    return {name: tensor for name, tensor in inputs.items() if name not in without}
+
+
+def run(inputs, upstream, **options):
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    outputs = selective_scan(**leaves, return_last_state=True, **options)
+    upstream = [g.to(out.dtype) for g, out in zip(upstream, outputs, strict=True)]
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream)
+    return dict(zip(["y", "last", *leaves], [*outputs, *gradients], strict=True))
+
+
+def compare(inputs, tolerance, **options):
+    """All outputs and gradients against the definition in float64."""
+    batch, length, d_inner = inputs["x"].shape
+    generator = torch.Generator().manual_seed(1)
+    upstream = [
+        torch.randn(shape, generator=generator).to(DEVICE)
+        for shape in ((batch, length, d_inner), (batch, *inputs["A"].shape))
+    ]
+    double = {name: tensor.double() for name, tensor in inputs.items()}
+    exact = run(double, upstream, backend="sequential", **options)
+    for name, value in run(inputs, upstream, backend="triton", **options).items():
+        assert value.dtype == (inputs["x"].dtype if name == "y" else inputs.get(name, value).dtype)
+        scale = exact[name].abs().max() + 1e-3
+        assert ((value.double() - exact[name]).abs().max() / scale).item() < tolerance, name
+
+
+@needs_triton
+@pytest.mark.parametrize("rule", ["mamba", "zoh"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_triton_is_the_definition_with_all_its_gradients(name, rule):
+    compare(problem(*SHAPES[name], seed=1), 2e-6, dt_softplus=True, discretization=rule)
+
+
+@needs_triton
+@pytest.mark.parametrize("without", WITHOUT)
+def test_triton_without_optional_inputs(without):
+    compare(problem(2, 11, 5, 4, without), 2e-6, dt_softplus=True)
+
+
+@needs_triton
+def test_triton_without_softplus():
+    inputs = problem(1, 11, 5, 4, ("dt_bias",))
+    compare(inputs | {"dt": inputs["dt"].abs()}, 2e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize("shift", [-25, -12, -6, 10, 30])
+def test_triton_keeps_the_digits_of_small_and_large_steps(shift):
+    inputs = problem(1, 9, 4, 2, ("h0",))
+    compare(inputs | {"dt": inputs["dt"] + shift}, 3e-6, dt_softplus=True)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_triton_in_half_precision(dtype):
+    compare(problem(2, 20, 9, 4, dtype=dtype), 2 * torch.finfo(dtype).eps, dt_softplus=True)
+
+
+@needs_triton
+def test_triton_takes_rows_that_lie_apart():
+    """x and z as halves of one projection, and a transposed dt."""
+    inputs = problem(2, 11, 8, 4)
+    both = torch.cat([inputs["x"], inputs["z"]], dim=-1)
+    apart = inputs | dict(zip("xz", both.chunk(2, dim=-1), strict=True))
+    apart["dt"] = inputs["dt"].mT.contiguous().mT
+    assert not apart["x"].is_contiguous()
+    compare(apart, 2e-6, dt_softplus=True)
+
+
+@needs_triton
+def test_triton_is_repeatable_to_the_bit():
+    inputs = problem(2, 20, 20, 16)
+    upstream = torch.ones_like(inputs["x"]), torch.ones_like(inputs["h0"])
+    first, second = (run(inputs, upstream, dt_softplus=True, backend="triton") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@needs_triton
+def test_triton_without_gradients_gives_the_same():
+    inputs = problem(2, 20, 9, 4)
+    with torch.no_grad():
+        y = selective_scan(**inputs, dt_softplus=True, backend="triton")
+    inputs["x"].requires_grad_()
+    assert torch.equal(y, selective_scan(**inputs, dt_softplus=True, backend="triton"))
+
+
+@needs_triton
+@pytest.mark.parametrize("rule", ["mamba", "zoh"])
+def test_triton_stays_finite_at_extreme_decays(rule):
+    x = torch.ones(1, 20, 2, device=DEVICE, requires_grad=True)
+    A = torch.tensor([[-1e4, -1e-6], [0.0, -1.0]], device=DEVICE, requires_grad=True)
+    B = torch.ones(1, 20, 2, device=DEVICE)
+    dt = torch.full((1, 20, 2), 50.0, device=DEVICE, requires_grad=True)
+    y = selective_scan(x, dt, A, B, B, discretization=rule, backend="triton")
+    gradients = torch.autograd.grad(y.sum(), [x, dt, A])
+    assert all(torch.isfinite(tensor).all() for tensor in (y, *gradients))
+    kept, forgotten = 50 * torch.arange(1.0, 21), 50.0 if rule == "mamba" else 1.0
+    torch.testing.assert_close(y[0, :, 1].cpu(), kept + forgotten)
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE == "cpu", reason="where no GPU is, the interpreter would take hours")
+def test_triton_on_long_sequences():
+    inputs = problem(1, 1 << 16, 40, 16)
+    compare(inputs | {"dt": inputs["dt"] - 8}, 1e-4, dt_softplus=True)  # decays of 1 − 1e-4
+
+
+@needs_triton
+@pytest.mark.usefixtures("as_a_user")
+def test_triton_says_what_it_cannot_do():
+    double = {name: tensor.double() for name, tensor in problem(1, 3, 2, 2).items()}
+    with pytest.raises(ValueError, match=r"computes in float32 on a GPU, not torch\.float64"):
+        selective_scan(**double, dt_softplus=True, backend="triton")
+    with pytest.raises(ValueError, match="dt has minimum -"):
+        selective_scan(**problem(1, 3, 2, 2), backend="triton")
+
+
+COMPILE = """
+import os, subprocess, tempfile
+os.environ["TRITON_INTERPRET"] = "0"
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from mamba_tutorial.kernels import selective_scan as kernels
+
+half = {"x_ptr", "dt_ptr", "z_ptr", "y_ptr", "dy_ptr", "dx_ptr", "ddt_ptr", "dz_ptr"}
+constants = kernels._config(16, dt_softplus=True, exact=False)
+warps = constants.pop("num_warps")
+ptxas = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/ptxas")
+for kernel in (kernels._forward, kernels._backward):
+    signature = {
+        name: "constexpr" if name in constants
+        else "*bf16" if name in half
+        else "*fp32" if name.endswith("_ptr")
+        else "i32"
+        for name in kernel.arg_names
+    }
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    for chip in (80, 90):
+        source = ASTSource(kernel, signature=signature, constexprs=values)
+        target = GPUTarget("cuda", chip, 32)
+        compiled = triton.compile(source, target=target, options={"num_warps": warps})
+        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+            file.write(compiled.asm["ptx"])
+            file.flush()
+            arch = f"-arch=sm_{chip}" + "a" * (chip == 90)
+            command = [ptxas, "-v", arch, file.name, "-o", os.devnull]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        print(kernel.__name__, chip, said)
+"""
+
+
+@needs_triton
+def test_triton_compiles_for_two_generations_of_gpus_and_hardly_spills():
+    """Without a GPU: the bundled assembler says how many bytes of registers go to memory."""
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    spills = re.findall(r"^(_\w+) (\d+) .*?(\d+) bytes spill stores", result.stdout, re.M | re.S)
+    assert len(spills) == 4
+    for kernel, chip, spilled in spills:
+        assert int(spilled) <= (0 if kernel == "_forward" else 320), (kernel, chip)

@@ -112,6 +112,20 @@ def test_states_are_values():
     )
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a GPU with the CPU")
+def test_a_gpu_gives_the_logits_and_gradients_of_the_cpu():
+    lm, ids = model(), prompts()
+    results = []
+    for device in ("cpu", "cuda"):
+        lm.to(device).zero_grad()
+        logits, state = lm.prefill(ids.to(device))
+        logits.square().sum().backward()
+        step, _ = lm.step(ids[:, 0].to(device), state)
+        gradient = lm.layers[0].mixer.in_proj.weight.grad
+        results.append([part.detach().cpu() for part in (logits, step, gradient)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 # how it starts
 
 
