@@ -261,4 +261,4 @@ def test_triton_compiles_for_two_generations_of_gpus_and_hardly_spills():
     spills = re.findall(r"^(_\w+) (\d+) .*?(\d+) bytes spill stores", result.stdout, re.M | re.S)
     assert len(spills) == 4
     for kernel, chip, spilled in spills:
-        assert int(spilled) <= (0 if kernel == "_forward" else 320), (kernel, chip)
+        assert int(spilled) <= (0 if kernel == "_forward" else 512), (kernel, chip)
