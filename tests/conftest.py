@@ -1,10 +1,12 @@
 """Settings of all tests, those of the notebooks included."""
 
+import os
 from collections import defaultdict
 from pathlib import Path
 
 import jaxtyping
 import pytest
+import torch
 
 # Shapes and dtypes in the package's signatures are checked whenever a test calls a function. The
 # kernels are left out: their compilers read the functions themselves.
@@ -12,6 +14,11 @@ MODULES = (Path(__file__).parents[1] / "mamba_tutorial").glob("[a-z]*.py")
 jaxtyping.install_import_hook(
     [f"mamba_tutorial.{path.stem}" for path in MODULES], "beartype.beartype"
 )
+
+# Without a GPU, Triton's kernels are interpreted. That must be said before anything imports Triton,
+# and other libraries do.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 NOTEBOOK_SECONDS = 60  # what each chapter promises the reader, on two CPU cores
 

@@ -216,9 +216,26 @@ def test_triton_says_what_it_cannot_do():
         selective_scan(**problem(1, 3, 2, 2), backend="triton")
 
 
+@needs_triton
+@pytest.mark.skipif(DEVICE != "cpu", reason="with a GPU nothing is interpreted")
+def test_triton_imported_too_early_is_named():
+    code = """
+import os
+os.environ.pop("TRITON_INTERPRET", None)
+import triton.language
+import mamba_tutorial.kernels.selective_scan
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert "ImportError: there is no GPU, and Triton was imported before" in result.stderr
+
+
 COMPILE = """
 import os, subprocess, tempfile
 os.environ["TRITON_INTERPRET"] = "0"
+import torch
+torch.cuda.is_available = lambda: True  # to compile for a GPU, none is needed
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

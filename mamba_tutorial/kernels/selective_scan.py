@@ -28,6 +28,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+if not torch.cuda.is_available() and isinstance(tl.sum, triton.JITFunction):
+    raise ImportError(
+        "there is no GPU, and Triton was imported before its interpreter could be asked for; set "
+        "TRITON_INTERPRET=1, or import mamba_tutorial.kernels before triton"
+    )
+
 LOG2E = tl.constexpr(1.4426950408889634)  # the GPU has a unit for 2^x; e^x = 2^(x log₂ e)
 LN2 = tl.constexpr(0.6931471805599453)
 BLOCK_D = 8
@@ -346,15 +352,19 @@ def _backward(
             h = left + _row(b, k)
             kept = _with_row(kept, k, left)
         hs = kept + b
-        # through the gate
+        # through the gate, and to C: the last uses of the states themselves
+        gated = dy
         if z_ptr is not None:
-            y = tl.sum(hs * C[:, :, None], axis=1) + skip * x
             gate = gate.to(tl.float32)
             s = _sigmoid(gate)
+            gated = dy * gate * s
+            y = tl.sum(hs * C[:, :, None], axis=1) + skip * x
             dz = dy * y * s * (1 + gate * (1 - s))
             tl.store(dz_ptr + own_at, dz.to(dz_ptr.dtype.element_ty), inside & real)
             dz_ptr -= TILE * d_inner
-            dy *= gate * s
+        dy = gated
+        dC = tl.sum(hs * dy[:, None, :], axis=2)  # over the channels of this program: one part
+        tl.store(dC_ptr + shared_at, dC, inside & states)
         # the gradient of the states, g_t = dy_t C_t + a_{t+1} g_{t+1}
         gs = dy[:, None, :] * C[:, :, None]
         for k in tl.static_range(TILE - 1, -1, -1):
@@ -377,9 +387,8 @@ def _backward(
         dbias += dstep
         tl.store(dx_ptr + own_at, dx.to(dx_ptr.dtype.element_ty), inside & real)
         tl.store(ddt_ptr + own_at, dstep.to(ddt_ptr.dtype.element_ty), inside & real)
-        # over the channels of this program: one part of the gradients of B and C
-        tl.store(dB_ptr + shared_at, tl.sum(gw * drive[:, None, :], axis=2), inside & states)
-        tl.store(dC_ptr + shared_at, tl.sum(hs * dy[:, None, :], axis=2), inside & states)
+        dB = tl.sum(gw * drive[:, None, :], axis=2)
+        tl.store(dB_ptr + shared_at, dB, inside & states)
         dx_ptr -= TILE * d_inner
         ddt_ptr -= TILE * d_inner
         dB_ptr -= TILE * d_state
