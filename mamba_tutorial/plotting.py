@@ -551,7 +551,6 @@ def mamba_block() -> Figure:
     _arrow(ax, (7.57, 1.4), (8.47, 1.4))
     _arrow(ax, (9.33, 1.4), (9.95, 1.4))
     for at, text in (
-        ((2.3, high + 0.2), "$x$"),
         ((2.9, low + 0.2), "$z$"),
         ((6.9, high + 0.2), "$y$"),
     ):
