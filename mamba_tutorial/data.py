@@ -1,10 +1,20 @@
-"""Recorded signals, images and text that ship inside libraries, so that nothing is downloaded."""
+"""What the chapters start from: signals, images and text that ship inside libraries, and records.
+
+Nothing is downloaded where the book lies on disk.
+"""
 
 import importlib
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+
+RECORDS = "https://raw.githubusercontent.com/mamba-tutorial/mamba-tutorial/main/book/results"
 
 
 def electrocardiogram() -> tuple[Float[Tensor, " samples"], float]:
@@ -58,6 +68,27 @@ def reference_text() -> tuple[Int[Tensor, " train"], Int[Tensor, " test"]]:
     text = "\n\n".join(dict.fromkeys(paragraphs)).encode()
     values = torch.tensor(list(text))
     return values[: -(len(text) // 20)], values[-(len(text) // 20) :]
+
+
+def recorded(name: str) -> dict:
+    """Return a measurement that `make bench` recorded, with its command and the machine.
+
+    From `results/` beside the notebook; where the notebook stands alone, as on Colab, from the
+    book's repository.
+
+    Raises:
+        FileNotFoundError: the record is in neither place.
+    """
+    path = Path("results", f"{name}.json")
+    if path.exists():
+        return json.loads(path.read_text())
+    try:
+        with urllib.request.urlopen(f"{RECORDS}/{path.name}", timeout=20) as answer:
+            return json.loads(answer.read())
+    except urllib.error.URLError as error:
+        raise FileNotFoundError(
+            f"there is no {path} here and none at {RECORDS}; make bench writes it"
+        ) from error
 
 
 def _library(module: str):

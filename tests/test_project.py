@@ -11,6 +11,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import mamba_tutorial
+from mamba_tutorial import data
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -88,6 +89,7 @@ def test_repository_has_one_address():
     address = PROJECT["urls"]["Repository"]
     assert config["repository"]["url"] == address
     assert citation["repository-code"] == address
+    assert address.removeprefix("https://github.com/") in data.RECORDS
 
 
 def environment():
