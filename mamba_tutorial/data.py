@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-
 RECORDS = "https://raw.githubusercontent.com/mamba-tutorial/mamba-tutorial/main/book/results"
 
 
