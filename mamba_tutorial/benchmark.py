@@ -9,6 +9,7 @@ as a table and written as JSON, with versions, hardware and the command.
 import argparse
 import importlib
 import json
+import os
 import statistics
 import time
 import warnings
@@ -194,6 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=10, help="timed runs of each candidate")
     parser.add_argument("--out", type=Path, help="a JSON file for the record")
     options = parser.parse_args(arguments)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler logs each of its starts
     given = inputs(**SHAPE)
     results = []
     bar = tqdm(CANDIDATES.items(), disable=None, leave=False)
