@@ -4,6 +4,7 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
+import hypothesis
 import jaxtyping
 import pytest
 import torch
@@ -19,6 +20,10 @@ jaxtyping.install_import_hook(
 # and other libraries do.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The same examples in every run: who changes nothing sees nothing change.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 NOTEBOOK_SECONDS = 60  # what each chapter promises the reader, on two CPU cores
 
