@@ -91,7 +91,7 @@ def test_fast_backends_and_all_their_gradients(
     double = {name: tensor.double() for name, tensor in inputs.items()}
     exact = run(double, upstream, discretization=rule, backend="sequential")
     fast = run(inputs, upstream, discretization=rule, backend=backend)
-    # A sum over tokens or channels may cancel: one unit of float32 for each of its terms is allowed.
+    # A sum over tokens or channels may cancel: a unit of float32 is allowed for each of its terms.
     tokens = batch * length
     terms = {"D": tokens, "dt_bias": tokens, "A": tokens, "B": d_inner, "C": d_inner}
     for name, value in fast.items():
