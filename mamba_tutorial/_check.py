@@ -1,6 +1,8 @@
 """Checks of arguments. Each message names the argument, what was given and what is needed."""
 
+import importlib
 from collections.abc import Iterable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -116,3 +118,13 @@ def check_length(length: int, name: str = "length") -> None:
         raise TypeError(f"{name} is a {type(length).__name__}, expected a whole number")
     if length < 1:
         raise ValueError(f"{name} is {length}, expected at least 1")
+
+
+def check_library(module: str, extra: str) -> ModuleType:
+    """Import and return a library; where it is missing, ImportError names the extra that has it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{module} is not installed; it comes with pip install 'mamba-tutorial[{extra}]'"
+        ) from error

@@ -8,7 +8,6 @@ PyTorch's `weights_only`, which runs no code. This module knows names and files;
 `mamba_tutorial.mamba`.
 """
 
-import importlib
 import json
 import pickle
 import re
@@ -16,6 +15,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from mamba_tutorial._check import check_library
 
 # what a checkpoint calls a tensor → what MambaLM calls it, in the order of application
 RENAMES = [
@@ -63,7 +64,7 @@ def locate(name: str | Path) -> Path:
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise FileNotFoundError(f"there is no folder {str(name)!r}, and the hub has no such names")
-    hub = _library("huggingface_hub")
+    hub = check_library("huggingface_hub", "checkpoints")
     patterns = [
         "config.json",
         *(pattern for file in FILES for pattern in (file, f"{file}.index.json")),
@@ -120,7 +121,7 @@ def save(folder: Path, config: dict, tensors: dict[str, Tensor]) -> None:
         config: the fields of MambaConfig.
         tensors: by MambaLM's names.
     """
-    write = _library("safetensors.torch").save_file
+    write = check_library("safetensors.torch", "checkpoints").save_file
     folder.mkdir(parents=True, exist_ok=True)
     fields = {theirs: config[ours] for theirs, ours in HF_FIELDS.items()} | HF_FIXED
     fields |= {
@@ -170,9 +171,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing, one of the shards that the index names")
     if path.suffix == ".safetensors":
-        library = _library("safetensors")
+        library = check_library("safetensors", "checkpoints")
         try:
-            return _library("safetensors.torch").load_file(path)
+            return check_library("safetensors.torch", "checkpoints").load_file(path)
         except library.SafetensorError as error:
             raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
     try:
@@ -182,12 +183,3 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read: {reason}") from error
     except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def _library(module: str):
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{module} is not installed; it comes with pip install 'mamba-tutorial[checkpoints]'"
-        ) from error

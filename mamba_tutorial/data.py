@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mamba_tutorial._check import check_library
+
 RECORDS = "https://raw.githubusercontent.com/mamba-tutorial/mamba-tutorial/main/book/results"
 
 
@@ -30,7 +32,7 @@ def electrocardiogram() -> tuple[Float[Tensor, " samples"], float]:
     Raises:
         ImportError: PyWavelets is not installed.
     """
-    signal = torch.as_tensor(_library("pywt.data").ecg(), dtype=torch.float64)
+    signal = torch.as_tensor(check_library("pywt.data", "notebooks").ecg(), dtype=torch.float64)
     return signal - signal.mean(), 360.0
 
 
@@ -47,7 +49,7 @@ def handwritten_digits() -> tuple[Float[Tensor, "images rows columns"], Int[Tens
     Raises:
         ImportError: scikit-learn is not installed.
     """
-    digits = _library("sklearn.datasets").load_digits()
+    digits = check_library("sklearn.datasets", "notebooks").load_digits()
     return torch.as_tensor(digits.images).float() / 16, torch.as_tensor(digits.target).long()
 
 
@@ -87,14 +89,4 @@ def recorded(name: str) -> dict:
     except urllib.error.URLError as error:
         raise FileNotFoundError(
             f"there is no {path} here and none at {RECORDS}; make bench writes it"
-        ) from error
-
-
-def _library(module: str):
-    """Import a library that brings data; say how to get it where it is missing."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{module} is not installed; it comes with pip install 'mamba-tutorial[notebooks]'"
         ) from error
