@@ -5,20 +5,29 @@
 with Δ = softplus(dt + bias), as `mamba_tutorial.selective.selective_scan` defines it. The states of
 size (batch, length, d_inner, d_state) never leave the chip.
 
-A program is one warp. It takes BLOCK_D channels of a sequence and goes along the length in tiles
-of TILE tokens. A tile is a block [TILE, BLOCK_N, BLOCK_D] of pairs (decay, input). Triton spreads
-the last axes of such a block over the 32 lanes, BLOCK_D = 8 channels by 4 of the states, and leaves
-the first axis to the registers of each thread. So
+**Forward.** A program is one warp. It takes 32 channels of a sequence, one for each thread, and
+goes along the length in tiles of TILE tokens. A tile is a block [TILE, BLOCK_N, BLOCK_D] of decays
+and of inputs. Triton spreads the last axis of such a block over the 32 lanes and leaves the other
+two to the registers of each thread. So
 
-- what runs along time needs no communication: each thread walks through its own registers;
-- a sum over the states takes two exchanges between lanes, a sum over the channels three;
-- nothing waits for another warp. (With the states spread over four warps, as one might try first,
-  sums meet in the same banks of shared memory; on an H200 it took almost three times as long.)
+- what runs along time, and the sum over the states, needs no communication at all;
+- B and C, which all channels share, are read by all lanes at once from shared memory, where
+  Triton's pipeline has put them while the tiles before were computed;
+- nothing waits for another warp.
 
-The forward pass writes down the state before every tile. The backward pass goes through the tiles
-in reverse, computes the states of a tile once more, and runs the gradient backwards through them.
-Sums over channels, for B and C, are written per program and added up afterwards, so that two runs
-give the same bits.
+What is left is what the arithmetic needs: of about 120 instructions per token and warp, 80 are the
+five that each of the 16 states takes, and 16 of those are exponentials, for which the chip has the
+fewest units. The kernel runs at some 80 % of what these allow.
+
+**Few sequences** give few warps. Then the length is cut into chunks. `_ends` finds what each chunk
+alone adds to the state, and how long it is in units of Δ; the decay over a chunk is exp(A ΣΔ),
+so nothing else has to be kept. Each program of the forward pass joins what the chunks before it
+give, which is the scan once more, over chunks. This costs every exponential twice.
+
+**Backward.** The forward pass writes down some of the states, and the backward pass computes the
+others once more (`_backward`; on a GPU `selective_scan_backward`, where it applies). Sums over
+channels, for B and C, are written per program and added up afterwards, so that two runs give the
+same bits.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -28,15 +37,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mamba_tutorial.kernels import selective_scan_backward as gluon
+from mamba_tutorial.kernels._gates import LOG2E, sigmoid, softplus
+
 if not torch.cuda.is_available() and isinstance(tl.sum, triton.JITFunction):
     raise ImportError(
         "there is no GPU, and Triton was imported before its interpreter could be asked for; set "
         "TRITON_INTERPRET=1, or import mamba_tutorial.kernels before triton"
     )
 
-LOG2E = tl.constexpr(1.4426950408889634)  # the GPU has a unit for 2^x; e^x = 2^(x log₂ e)
-LN2 = tl.constexpr(0.6931471805599453)
-BLOCK_D = 8
+LANES = 32
+BACKWARD_D = 8  # channels of a program of `_backward`
 
 
 class SelectiveScan(torch.autograd.Function):
@@ -49,59 +60,142 @@ class SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact):
-        batch, length, d_inner = x.shape
         x, dt, z = (_rows(tensor) for tensor in (x, dt, z))
         A, B, C, D, dt_bias, h0 = (_float(tensor) for tensor in (A, B, C, D, dt_bias, h0))
-        config = _config(A.shape[1], dt_softplus, exact)
-        blocks, tiles = triton.cdiv(d_inner, BLOCK_D), triton.cdiv(length, config["TILE"])
-        starts = (
-            A.new_empty(batch, tiles, A.shape[1], d_inner) if any(ctx.needs_input_grad) else None
-        )
-        y, h_last = x.new_empty(x.shape), A.new_empty(batch, *A.shape)
-        sizes = length, d_inner, A.shape[1], *_strides(x), *_strides(dt), *_strides(z)
-        given = x, dt, A, B, C, D, z, dt_bias, h0
-        with _on(x):
-            _forward[(batch * blocks,)](*given, y, starts, h_last, *sizes, **config)
+        ctx.gluon = gluon.takes(x, [x, dt, z], A.shape[1], exact)
+        ctx.softplus, ctx.exact = dt_softplus, exact
+        every = None
+        if any(ctx.needs_input_grad):
+            every = gluon.SECTION if ctx.gluon else _tile(A.shape[1])
+        y, h_last, starts = _run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, every)
         ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, h0, starts)
-        ctx.config = config
         return y, h_last
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dh_last):
         x, dt, A, B, C, D, z, dt_bias, h0, starts = ctx.saved_tensors
-        batch, length, d_inner = x.shape
-        d_state, config = A.shape[1], ctx.config
-        dy, dh_last = _rows(dy), _float(dh_last)
-        blocks = triton.cdiv(d_inner, BLOCK_D)
-        dx, ddt = x.new_empty(x.shape), x.new_empty(x.shape, dtype=dt.dtype)
-        dz = None if z is None else x.new_empty(x.shape, dtype=z.dtype)
-        dA, dh0 = A.new_empty(batch, *A.shape), A.new_empty(batch, *A.shape)
-        dB, dC = A.new_empty(2, blocks, batch, length, d_state).unbind(0)
-        dD, dbias = A.new_empty(2, batch, d_inner).unbind(0)
-        sizes = length, d_inner, d_state
-        strides = (*_strides(x), *_strides(dt), *_strides(z), *_strides(dy))
-        given = x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last
-        results = dx, ddt, dA, dB, dC, dD, dz, dbias, dh0
-        with _on(x):
-            _backward[(batch * blocks,)](*given, *results, *sizes, *strides, **config)
-        dD = None if D is None else dD.sum(0)
-        dbias = None if dt_bias is None else dbias.sum(0)
+        run = _run_gluon_backward if ctx.gluon else _run_backward
+        given = x, dt, A, B, C, D, z, dt_bias, starts, _rows(dy), _float(dh_last)
+        dx, ddt, dA, dB, dC, dD, dz, dbias, dh0 = run(*given, ctx.softplus, ctx.exact)
+        dD = None if D is None else dD
+        dbias = None if dt_bias is None else dbias
         dh0 = None if h0 is None else dh0
-        return dx, ddt, dA.sum(0), dB.sum(0), dC.sum(0), dD, dz, dbias, dh0, None, None
+        return dx, ddt, dA, dB, dC, dD, dz, dbias, dh0, None, None
 
 
-def _config(d_state: int, dt_softplus: bool, exact: bool) -> dict:
-    """Return the constants of the kernels: 32 numbers of a tile for each thread, where possible."""
-    block = max(4, triton.next_power_of_2(d_state))
+def _run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, every):
+    """Forward; return y, the last state, and the state before every `every` tokens, if asked."""
+    batch, length, d_inner = x.shape
+    d_state, blocks = A.shape[1], triton.cdiv(d_inner, LANES)
+    chunk = _chunk(x, 7, batch * blocks, length)
+    chunks = triton.cdiv(length, chunk)
+    sizes = length, chunk, d_inner, d_state
+    config = _config(d_state, dt_softplus) | {"EXACT": exact}
+    A, h0 = _transposed(A), _transposed(h0)
+    ends = spans = starts = None
+    with _on(x):
+        if chunks > 1:
+            ends, spans = _run_ends(x, dt, A, B, None, dt_bias, sizes, config, reverse=False)
+        if every:
+            starts = A.new_empty(batch, triton.cdiv(length, every), d_state, d_inner)
+        y, h_last = x.new_empty(x.shape), A.new_empty(batch, d_state, d_inner)
+        given = x, dt, A, B, C, D, z, dt_bias, h0, ends, spans
+        strides = *_strides(x), *_strides(dt), *_strides(z)
+        _forward[(batch * chunks * blocks,)](
+            *given, y, starts, h_last, *sizes, *strides, EVERY=every or length, **config
+        )
+    return y, h_last.mT, starts
+
+
+def _run_ends(u, dt, A, V, z, dt_bias, sizes, config, reverse):
+    """What every chunk but one gives to the chunks after it, in the direction of the pass."""
+    batch, (length, chunk, d_inner, d_state) = len(u), sizes
+    chunks, blocks = triton.cdiv(length, chunk), triton.cdiv(d_inner, LANES)
+    ends = A.new_empty(batch, chunks - 1, d_state, d_inner)
+    spans = A.new_empty(batch, chunks - 1, d_inner)
+    given = u, dt, A, V, z, dt_bias, ends, spans
+    strides = *_strides(u), *_strides(dt), *_strides(z)
+    programs = batch * (chunks - 1) * blocks
+    _ends[(programs,)](*given, *sizes, *strides, REVERSE=reverse, **config)
+    return ends, spans
+
+
+def _run_backward(x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, dt_softplus, exact):
+    batch, length, d_inner = x.shape
+    d_state, blocks = A.shape[1], triton.cdiv(d_inner, BACKWARD_D)
+    dx, ddt = x.new_empty(x.shape), x.new_empty(x.shape, dtype=dt.dtype)
+    dz = None if z is None else x.new_empty(x.shape, dtype=z.dtype)
+    A, dh_last = _transposed(A), _transposed(dh_last)
+    dA, dh0 = A.new_empty(batch, *A.shape), A.new_empty(batch, *A.shape)
+    dB, dC = A.new_empty(2, blocks, batch, length, d_state).unbind(0)
+    dD, dbias = A.new_empty(2, batch, d_inner).unbind(0)
+    strides = (*_strides(x), *_strides(dt), *_strides(z), *_strides(dy))
+    given = x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last
+    results = dx, ddt, dA, dB, dC, dD, dz, dbias, dh0
+    config = _config(d_state, dt_softplus) | {"EXACT": exact, "BLOCK_D": BACKWARD_D}
+    with _on(x):
+        _backward[(batch * blocks,)](
+            *given, *results, length, d_inner, d_state, *strides, **config
+        )
+    return dx, ddt, dA.sum(0).mT, dB.sum(0), dC.sum(0), dD.sum(0), dz, dbias.sum(0), dh0.mT
+
+
+def _run_gluon_backward(x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, dt_softplus, exact):
+    batch, length, d_inner = x.shape
+    d_state, groups = A.shape[1], d_inner // gluon.CHANNELS
+    if not gluon.takes(x, [dy], d_state, exact):
+        dy = dy.contiguous()
+    chunk = _chunk(x, 8, batch * d_inner // LANES, length)
+    chunks = triton.cdiv(length, chunk)
+    A, dh_last = _transposed(A), _transposed(dh_last)
+    dx, ddt = x.new_empty(x.shape), x.new_empty(x.shape, dtype=dt.dtype)
+    dz = None if z is None else x.new_empty(x.shape, dtype=z.dtype)
+    dA, dh0 = A.new_empty(batch * chunks, *A.shape), A.new_empty(batch, *A.shape)
+    dBC = A.new_empty(2, groups, batch, length, d_state)
+    ends_of_D = A.new_empty(2, batch * chunks, d_inner)
+    programs = batch * chunks * groups
+    tiles = gluon.SECTION // gluon.TILE
+    scratch = A.new_empty(programs, tiles, d_state, gluon.CHANNELS)
+    ends = spans = None
+    with _on(x):
+        if chunks > 1:
+            sizes, config = (length, chunk, d_inner, d_state), _config(d_state, dt_softplus)
+            config |= {"EXACT": exact}
+            ends, spans = _run_ends(dy, dt, A, C, z, dt_bias, sizes, config, reverse=True)
+        given = x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, ends, spans, scratch
+        results = dx, ddt, dA, *dBC, ends_of_D[0], dz, ends_of_D[1], dh0
+        strides = *_strides(x), *_strides(dt), *_strides(z), *_strides(dy)
+        gluon.backward[(programs,)](
+            *given, *results, length, chunk, d_inner, *strides, SOFTPLUS=dt_softplus,
+            TILE=gluon.TILE, SECTION=gluon.SECTION, STAGES=gluon.STAGES, num_warps=gluon.WARPS,
+        )  # fmt: skip
+    dB, dC = dBC.sum(1)
+    dD, dbias = ends_of_D.sum(1)
+    return dx, ddt, dA.sum(0).mT, dB, dC, dD, dz, dbias, dh0.mT
+
+
+def _tile(d_state: int) -> int:
+    """Return how many tokens make up a tile: 128 numbers for each thread, where possible."""
+    return min(16, max(1, 128 // max(4, triton.next_power_of_2(d_state))))
+
+
+def _config(d_state: int, dt_softplus: bool) -> dict:
+    """Return the constants that the kernels share."""
     return {
-        "TILE": min(16, max(1, 128 // block)),
-        "BLOCK_N": block,
-        "BLOCK_D": BLOCK_D,
+        "TILE": _tile(d_state),
+        "BLOCK_N": max(4, triton.next_power_of_2(d_state)),
+        "BLOCK_D": LANES,
         "SOFTPLUS": dt_softplus,
-        "EXACT": exact,
         "num_warps": 1,
     }
+
+
+def _chunk(x: Tensor, warps: int, rows: int, length: int) -> int:
+    """Return the tokens of a program: all, if the rows alone give each multiprocessor its warps."""
+    cores = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    parts = max(1, warps * cores // rows)
+    return triton.cdiv(triton.cdiv(length, parts), gluon.SECTION) * gluon.SECTION
 
 
 def _on(tensor: Tensor) -> AbstractContextManager:
@@ -118,43 +212,35 @@ def _float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float().contiguous()
 
 
+def _transposed(tensor: Tensor | None) -> Tensor | None:
+    """Make neighbouring channels neighbours in memory, for (…, d_inner, d_state)."""
+    return None if tensor is None else tensor.mT.contiguous()
+
+
 def _strides(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else tensor.stride()[:2]
 
 
 @triton.jit
 def _row(tile, k: tl.constexpr):
-    """Return tile[k]. Its index is a constant in every thread, so this is a choice of register."""
+    """Return tile[k : k + 1]. k is a constant in every thread, so this is a choice of register."""
     here = (tl.arange(0, tile.shape[0]) == k)[:, None, None]
     bits = tile.to(tl.int32, bitcast=True)  # integers: the compiler knows that n + 0 is n
-    return tl.sum(tl.where(here, bits, 0), axis=0).to(tl.float32, bitcast=True)
+    bits = tl.sum(tl.where(here, bits, 0), axis=0, keep_dims=True)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _with_row(tile, k: tl.constexpr, row):
-    """Return the tile with tile[k] = row."""
+    """Return the tile with tile[k : k + 1] = row."""
     here = (tl.arange(0, tile.shape[0]) == k)[:, None, None]
-    return tl.where(here, row[None, :, :], tile)
+    return tl.where(here, row, tile)
 
 
 @triton.jit
-def _sigmoid(x):
-    return 1 / (1 + tl.exp2(-x * LOG2E))
-
-
-@triton.jit
-def _step_size(dt, bias, inside, SOFTPLUS: tl.constexpr):
-    """Return dt + bias, and Δ, zero where there is no token: then a is 1 and the input 0."""
-    dt = dt.to(tl.float32) + bias
-    step = dt
-    if SOFTPLUS:
-        u = tl.exp2(tl.minimum(dt, 20.0) * LOG2E)
-        w = 1 + u
-        # ln(1 + u) for small u, where 1 + u has lost its digits: ln w · u / (w − 1) has them again
-        few = w == 1
-        ratio = tl.where(few, u, tl.log2(w) * LN2 * u / tl.where(few, 1.0, w - 1))
-        step = tl.where(dt > 20, dt, ratio)
-    return dt, tl.where(inside, step, 0.0)
+def _step_size(dt, inside, SOFTPLUS: tl.constexpr):
+    """Return Δ, zero where there is no token: then the decay is 1 and the input 0."""
+    return tl.where(inside, softplus(dt) if SOFTPLUS else dt, 0.0)
 
 
 @triton.jit
@@ -180,84 +266,144 @@ def _exprel_slope(z, exp, exprel):
 
 
 @triton.jit
+def _place(rows, chunks, BLOCK_D: tl.constexpr):
+    """Return the block of channels, the chunk and the sequence of this program."""
+    blocks = tl.cdiv(rows, BLOCK_D)
+    program = tl.program_id(0)
+    return program % blocks, program // blocks % chunks, (program // blocks // chunks).to(tl.int64)
+
+
+@triton.jit
 def _forward(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, h0_ptr, y_ptr, starts_ptr, last_ptr,
-    length, d_inner, d_state, x_batch, x_row, dt_batch, dt_row, z_batch, z_row,
-    TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, h0_ptr, ends_ptr, spans_ptr,
+    y_ptr, starts_ptr, last_ptr,
+    length, chunk, d_inner, d_state, x_batch, x_row, dt_batch, dt_row, z_batch, z_row,
+    EVERY: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(d_inner, BLOCK_D)
-    block, batch = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    """A: (d_state, d_inner); h0, ends, starts, last: (batch, …, d_state, d_inner), float32."""
+    chunks = tl.cdiv(length, chunk)
+    block, part, batch = _place(d_inner, chunks, BLOCK_D)
     t, n = tl.arange(0, TILE)[:, None], tl.arange(0, BLOCK_N)
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     real, states = (d < d_inner)[None, :], (n < d_state)[None, :]
-    square = states.T & real  # [BLOCK_N, BLOCK_D], as the state lies in registers
-    d = tl.minimum(d, d_inner - 1)[
-        None, :
-    ]  # channels beyond the last repeat it, and are not stored
-    # Where the first tile begins, and where its numbers lie from there. The first is one address
-    # that moves from tile to tile, the second never changes.
-    x_ptr += batch * x_batch
-    dt_ptr += batch * dt_batch
-    B_ptr += batch * length * d_state
-    C_ptr += batch * length * d_state
-    y_ptr += batch * length * d_inner
-    if starts_ptr is not None:
-        starts_ptr += batch * tl.cdiv(length, TILE) * d_state * d_inner
-    x_at, dt_at, y_at = t * x_row + d, t * dt_row + d, t * d_inner + d
-    shared_at = t * d_state + n[None, :]
-    wide_at, tall_at = n[:, None] * d_inner + d, d * d_state + n[:, None]
-    A = tl.load(A_ptr + tall_at, square, 0.0)
+    square = states[:, :, None] & real[:, None, :]  # [1, BLOCK_N, BLOCK_D], as the state is held
+    # Claiming no alignment keeps Triton from loading four channels at once, which would put the
+    # states on lanes, here and in all that follows.
+    at = tl.multiple_of(n[None, :, None] * d_inner + d[None, None, :], [1, 1, 1])
+    size = d_state * d_inner
+    A = tl.load(A_ptr + at, square, 0.0)
     A2 = A * LOG2E
-    h = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    h = tl.zeros([1, BLOCK_N, BLOCK_D], tl.float32)
     if h0_ptr is not None:
-        h = tl.load(h0_ptr + batch * d_inner * d_state + tall_at, square, 0.0)
-    skip = tl.load(D_ptr + d) if D_ptr is not None else 0.0
-    bias = tl.load(bias_ptr + d) if bias_ptr is not None else 0.0
-    # the tokens of the next tile are fetched while this one is computed
-    inside = t < length
-    x_next = tl.load(x_ptr + x_at, inside, 0.0)
-    dt_next = tl.load(dt_ptr + dt_at, inside, 0.0)
-    B_next = tl.load(B_ptr + shared_at, inside & states, 0.0)
-    C_next = tl.load(C_ptr + shared_at, inside & states, 0.0)
-    z_next = x_next
+        h = tl.load(h0_ptr + batch * size + at, square, 0.0)
+    for earlier in range(part):
+        slot = batch * (chunks - 1) + earlier
+        span = tl.load(spans_ptr + slot * d_inner + d[None, None, :], real[:, None, :], 0.0)
+        h = tl.exp2(span * A2) * h + tl.load(ends_ptr + slot * size + at, square, 0.0)
+    skip = tl.load(D_ptr + d[None, :], real, 0.0) if D_ptr is not None else 0.0
+    bias = tl.load(bias_ptr + d[None, :], real, 0.0) if bias_ptr is not None else 0.0
+    # Tokens are counted from the first of the chunk, so that offsets fit 32 bits.
+    first = part.to(tl.int64) * chunk
+    token = batch * length + first
+    x_ptr += batch * x_batch + first * x_row
+    dt_ptr += batch * dt_batch + first * dt_row
+    B_ptr += token * d_state
+    C_ptr += token * d_state
+    y_ptr += token * d_inner
     if z_ptr is not None:
-        z_ptr += batch * z_batch
-        z_at = t * z_row + d
-        z_next = tl.load(z_ptr + z_at, inside, 0.0)
-    for start in range(0, length, TILE):
-        x, dt, gate, B, C = x_next.to(tl.float32), dt_next, z_next, B_next, C_next
-        inside, ahead = start + t < length, start + TILE + t < length
-        x_ptr += TILE * x_row
-        dt_ptr += TILE * dt_row
-        B_ptr += TILE * d_state
-        C_ptr += TILE * d_state
-        x_next = tl.load(x_ptr + x_at, ahead, 0.0)
-        dt_next = tl.load(dt_ptr + dt_at, ahead, 0.0)
-        B_next = tl.load(B_ptr + shared_at, ahead & states, 0.0)
-        C_next = tl.load(C_ptr + shared_at, ahead & states, 0.0)
-        if z_ptr is not None:
-            z_ptr += TILE * z_row
-            z_next = tl.load(z_ptr + z_at, ahead, 0.0)
+        z_ptr += batch * z_batch + first * z_row
+    if starts_ptr is not None:
+        starts_ptr += batch * tl.cdiv(length, EVERY) * size
+    tokens = tl.minimum(length - part * chunk, chunk)
+    for start in tl.range(0, tokens, TILE, num_stages=3):
+        row = start + t
+        inside = row < tokens
+        x = tl.load(x_ptr + row * x_row + d[None, :], inside & real, 0.0).to(tl.float32)
+        dt = tl.load(dt_ptr + row * dt_row + d[None, :], inside & real, 0.0).to(tl.float32)
+        B = tl.load(B_ptr + row * d_state + n[None, :], inside & states, 0.0)
+        C = tl.load(C_ptr + row * d_state + n[None, :], inside & states, 0.0)
         if starts_ptr is not None:
-            tl.store(starts_ptr + wide_at, h, square)
-            starts_ptr += d_state * d_inner
-        _, step = _step_size(dt, bias, inside, SOFTPLUS)
-        a = tl.exp2(step[:, None, :] * A2[None, :, :])  # [TILE, BLOCK_N, BLOCK_D] from here on
+            if start % EVERY == 0:
+                tl.store(starts_ptr + (first + start) // EVERY * size + at, h, square)
+        step = _step_size(dt + bias, inside, SOFTPLUS)
+        a = tl.exp2(step[:, None, :] * A2)  # [TILE, BLOCK_N, BLOCK_D] from here on
         b = (step * x)[:, None, :] * B[:, :, None]
         if EXACT:
-            b *= _exprel(step[:, None, :] * A[None, :, :], a)
+            b *= _exprel(step[:, None, :] * A, a)
         hs = b
         for k in tl.static_range(TILE):
             h = _row(a, k) * h + _row(b, k)
             hs = _with_row(hs, k, h)
         y = tl.sum(hs * C[:, :, None], axis=1) + skip * x
         if z_ptr is not None:
-            gate = gate.to(tl.float32)
-            y *= gate * _sigmoid(gate)
-        tl.store(y_ptr + y_at, y.to(y_ptr.dtype.element_ty), inside & real)
-        y_ptr += TILE * d_inner
-    tl.store(last_ptr + batch * d_inner * d_state + tall_at, h, square)
+            z = tl.load(z_ptr + row * z_row + d[None, :], inside & real, 0.0).to(tl.float32)
+            y *= z * sigmoid(z)
+        tl.store(y_ptr + row * d_inner + d[None, :], y.to(y_ptr.dtype.element_ty), inside & real)
+    if part == chunks - 1:
+        tl.store(last_ptr + batch * size + at, h, square)
+
+
+@triton.jit
+def _ends(
+    u_ptr, dt_ptr, A_ptr, V_ptr, z_ptr, bias_ptr, ends_ptr, spans_ptr,
+    length, chunk, d_inner, d_state, u_batch, u_row, dt_batch, dt_row, z_batch, z_row,
+    TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """What a chunk gives to the next, from nothing, and its length ΣΔ.
+
+    Forwards u = x, V = B and h ← a h + Δ u V, for all chunks but the last. In reverse u = dy,
+    V = C and G ← a (G + u silu(z) V), the gradient of the state before; for all but the first.
+    """
+    chunks = tl.cdiv(length, chunk)
+    block, part, batch = _place(d_inner, chunks - 1, BLOCK_D)
+    t, n = tl.arange(0, TILE)[:, None], tl.arange(0, BLOCK_N)
+    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    real, states = (d < d_inner)[None, :], (n < d_state)[None, :]
+    square = states[:, :, None] & real[:, None, :]
+    at = tl.multiple_of(n[None, :, None] * d_inner + d[None, None, :], [1, 1, 1])
+    slot = batch * (chunks - 1) + part
+    part += REVERSE
+    A = tl.load(A_ptr + at, square, 0.0)
+    A2 = A * LOG2E
+    h = tl.zeros([1, BLOCK_N, BLOCK_D], tl.float32)
+    span = tl.zeros([TILE, BLOCK_D], tl.float32)
+    bias = tl.load(bias_ptr + d[None, :], real, 0.0) if bias_ptr is not None else 0.0
+    first = part.to(tl.int64) * chunk
+    u_ptr += batch * u_batch + first * u_row
+    dt_ptr += batch * dt_batch + first * dt_row
+    V_ptr += (batch * length + first) * d_state
+    if z_ptr is not None:
+        z_ptr += batch * z_batch + first * z_row
+    tokens = tl.minimum(length - part * chunk, chunk)
+    for start in tl.range(0, tokens, TILE, num_stages=3):
+        row = start + t
+        if REVERSE:
+            row = tokens - 1 - start - t
+        inside = (row >= 0) & (row < tokens)
+        u = tl.load(u_ptr + row * u_row + d[None, :], inside & real, 0.0).to(tl.float32)
+        dt = tl.load(dt_ptr + row * dt_row + d[None, :], inside & real, 0.0).to(tl.float32)
+        V = tl.load(V_ptr + row * d_state + n[None, :], inside & states, 0.0)
+        step = _step_size(dt + bias, inside, SOFTPLUS)
+        span += step
+        a = tl.exp2(step[:, None, :] * A2)
+        if REVERSE:
+            if z_ptr is not None:
+                z = tl.load(z_ptr + row * z_row + d[None, :], inside & real, 0.0).to(tl.float32)
+                u *= z * sigmoid(z)
+        else:
+            u *= step
+        b = u[:, None, :] * V[:, :, None]
+        if EXACT and not REVERSE:
+            b *= _exprel(step[:, None, :] * A, a)
+        for k in tl.static_range(TILE):
+            if REVERSE:
+                h = _row(a, k) * (h + _row(b, k))
+            else:
+                h = _row(a, k) * h + _row(b, k)
+    tl.store(ends_ptr + slot * d_state * d_inner + at, h, square)
+    tl.store(spans_ptr + slot * d_inner + d[None, :], tl.sum(span, axis=0)[None, :], real)
 
 
 @triton.jit
@@ -274,7 +420,7 @@ def _backward(
     t, n = tl.arange(0, TILE)[:, None], tl.arange(0, BLOCK_N)
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     real, states = (d < d_inner)[None, :], (n < d_state)[None, :]
-    square = states.T & real
+    square = states[:, :, None] & real[:, None, :]
     d = tl.minimum(d, d_inner - 1)[None, :]
     # as in the forward pass, but from the last tile to the first
     tiles = tl.cdiv(length, TILE)
@@ -294,11 +440,11 @@ def _backward(
     dC_ptr += part * d_state
     x_at, dt_at, dy_at, own_at = t * x_row + d, t * dt_row + d, t * dy_row + d, t * d_inner + d
     shared_at = t * d_state + n[None, :]
-    wide_at, tall_at = n[:, None] * d_inner + d, d * d_state + n[:, None]
-    A = tl.load(A_ptr + tall_at, square, 0.0)
+    at = n[None, :, None] * d_inner + d[:, None, :]
+    A = tl.load(A_ptr + at, square, 0.0)
     A2 = A * LOG2E
-    G = tl.load(dlast_ptr + batch * d_inner * d_state + tall_at, square, 0.0)  # a_{t+1} g_{t+1}
-    dA = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    G = tl.load(dlast_ptr + batch * d_inner * d_state + at, square, 0.0)  # a_{t+1} g_{t+1}
+    dA = tl.zeros([1, BLOCK_N, BLOCK_D], tl.float32)
     dD = tl.zeros([TILE, BLOCK_D], tl.float32)
     dbias = tl.zeros([TILE, BLOCK_D], tl.float32)
     skip = tl.load(D_ptr + d) if D_ptr is not None else 0.0
@@ -309,7 +455,7 @@ def _backward(
     dy_next = tl.load(dy_ptr + dy_at, inside & real, 0.0)
     B_next = tl.load(B_ptr + shared_at, inside & states, 0.0)
     C_next = tl.load(C_ptr + shared_at, inside & states, 0.0)
-    h_next = tl.load(starts_ptr + wide_at, square, 0.0)
+    h_next = tl.load(starts_ptr + at, square, 0.0)
     z_next = x_next
     if z_ptr is not None:
         z_ptr += batch * z_batch + start.to(tl.int64) * z_row
@@ -332,17 +478,18 @@ def _backward(
         dy_next = tl.load(dy_ptr + dy_at, ahead & real, 0.0)
         B_next = tl.load(B_ptr + shared_at, ahead & states, 0.0)
         C_next = tl.load(C_ptr + shared_at, ahead & states, 0.0)
-        h_next = tl.load(starts_ptr + wide_at, ahead & square, 0.0)
+        h_next = tl.load(starts_ptr + at, ahead & square, 0.0)
         if z_ptr is not None:
             z_ptr -= TILE * z_row
             z_next = tl.load(z_ptr + z_at, ahead, 0.0)
-        dt, step = _step_size(dt, bias, inside, SOFTPLUS)
+        dt = dt.to(tl.float32) + bias
+        step = _step_size(dt, inside, SOFTPLUS)
         # the states of the tile, once more
-        a = tl.exp2(step[:, None, :] * A2[None, :, :])
+        a = tl.exp2(step[:, None, :] * A2)
         drive = tl.where(real, step * x, 0.0)
         b = drive[:, None, :] * B[:, :, None]
         if EXACT:
-            z = step[:, None, :] * A[None, :, :]
+            z = step[:, None, :] * A
             w = _exprel(z, a)
             slope = b * _exprel_slope(z, a, w)
             b *= w
@@ -356,7 +503,7 @@ def _backward(
         gated = dy
         if z_ptr is not None:
             gate = gate.to(tl.float32)
-            s = _sigmoid(gate)
+            s = sigmoid(gate)
             gated = dy * gate * s
             y = tl.sum(hs * C[:, :, None], axis=1) + skip * x
             dz = dy * y * s * (1 + gate * (1 - s))
@@ -376,13 +523,13 @@ def _backward(
         if EXACT:
             dlog += gs * slope
             gw *= w
-        dA += tl.sum(dlog * step[:, None, :], axis=0)
+        dA += tl.sum(dlog * step[:, None, :], axis=0, keep_dims=True)
         ddrive = tl.sum(gw * B[:, :, None], axis=1)
-        dstep = tl.sum(dlog * A[None, :, :], axis=1) + ddrive * x
+        dstep = tl.sum(dlog * A, axis=1) + ddrive * x
         dx = ddrive * step + dy * skip
         dD += dy * x
         if SOFTPLUS:
-            dstep *= _sigmoid(dt)
+            dstep *= sigmoid(dt)
         dstep = tl.where(inside, dstep, 0.0)
         dbias += dstep
         tl.store(dx_ptr + own_at, dx.to(dx_ptr.dtype.element_ty), inside & real)
@@ -393,7 +540,7 @@ def _backward(
         ddt_ptr -= TILE * d_inner
         dB_ptr -= TILE * d_state
         dC_ptr -= TILE * d_state
-    tl.store(dA_ptr + batch * d_inner * d_state + tall_at, dA, square)
-    tl.store(dh0_ptr + batch * d_inner * d_state + tall_at, G, square)
+    tl.store(dA_ptr + batch * d_inner * d_state + at, dA, square)
+    tl.store(dh0_ptr + batch * d_inner * d_state + at, G, square)
     tl.store(dD_ptr + batch * d_inner + d, tl.sum(dD, axis=0)[None, :], real)
     tl.store(dbias_ptr + batch * d_inner + d, tl.sum(dbias, axis=0)[None, :], real)
