@@ -252,13 +252,17 @@ common = plain._config(16, dt_softplus=True) | {"EXACT": False}
 layout = {"SOFTPLUS": True, "TILE": 4, "SECTION": 64, "STAGES": 3, "num_warps": gluon.WARPS}
 kernels = {
     "forward": (plain._forward, common | {"EVERY": 64}),
+    "bare": (plain._forward, common | {"EVERY": 64}),
     "ends": (plain._ends, common | {"REVERSE": True}),
     "plain": (plain._backward, common | {"BLOCK_D": plain.BACKWARD_D}),
     "gluon": (gluon.backward, layout),
 }
 ptxas = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/ptxas")
 chip = int(sys.argv[1])
+without = {"D_ptr", "z_ptr", "bias_ptr", "h0_ptr", "ends_ptr", "spans_ptr", "starts_ptr"}
 for name, (kernel, constants) in kernels.items():
+    if name == "bare":
+        constants |= {name: None for name in kernel.arg_names if name in without}
     warps = constants.pop("num_warps")
     signature = {
         name: "constexpr" if name in constants
@@ -286,7 +290,7 @@ for name, (kernel, constants) in kernels.items():
     print("kernel", name, said)
 """
 
-SPILLS = {"forward": 8, "ends": 0, "plain": 512, "gluon": 256}  # bytes at most
+SPILLS = {"forward": 8, "bare": 0, "ends": 0, "plain": 512, "gluon": 256}  # bytes at most
 
 
 @needs_triton

@@ -297,10 +297,11 @@ def _forward(
     h = tl.zeros([1, BLOCK_N, BLOCK_D], tl.float32)
     if h0_ptr is not None:
         h = tl.load(h0_ptr + batch * size + at, square, 0.0)
-    for earlier in range(part):
-        slot = batch * (chunks - 1) + earlier
-        span = tl.load(spans_ptr + slot * d_inner + d[None, None, :], real[:, None, :], 0.0)
-        h = tl.exp2(span * A2) * h + tl.load(ends_ptr + slot * size + at, square, 0.0)
+    if ends_ptr is not None:
+        for earlier in range(part):
+            slot = batch * (chunks - 1) + earlier
+            span = tl.load(spans_ptr + slot * d_inner + d[None, None, :], real[:, None, :], 0.0)
+            h = tl.exp2(span * A2) * h + tl.load(ends_ptr + slot * size + at, square, 0.0)
     skip = tl.load(D_ptr + d[None, :], real, 0.0) if D_ptr is not None else 0.0
     bias = tl.load(bias_ptr + d[None, :], real, 0.0) if bias_ptr is not None else 0.0
     # Tokens are counted from the first of the chunk, so that offsets fit 32 bits.

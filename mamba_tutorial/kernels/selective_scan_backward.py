@@ -126,10 +126,11 @@ def backward(
     G = gl.zeros([N, W], gl.float32, STATE)
     if dlast_ptr is not None:
         G = gl.load(dlast_ptr + batch * N * d_inner + at)
-    for later in range(chunks - 1, part, -1):
-        slot = batch * (chunks - 1) + later - 1
-        span = gl.load(spans_ptr + slot * d_inner + d)
-        G = gl.exp2(span[None, :] * A2) * G + gl.load(ends_ptr + slot * N * d_inner + at)
+    if ends_ptr is not None:
+        for later in range(chunks - 1, part, -1):
+            slot = batch * (chunks - 1) + later - 1
+            span = gl.load(spans_ptr + slot * d_inner + d)
+            G = gl.exp2(span[None, :] * A2) * G + gl.load(ends_ptr + slot * N * d_inner + at)
     skip = 0.0
     if D_ptr is not None:
         skip = gl.load(D_ptr + d)
