@@ -30,8 +30,6 @@ channels, for B and C, are written per program and added up afterwards, so that 
 same bits.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import triton
 import triton.language as tl
@@ -39,12 +37,7 @@ from torch import Tensor
 
 from mamba_tutorial.kernels import selective_scan_backward as gluon
 from mamba_tutorial.kernels._gates import LOG2E, sigmoid, softplus
-
-if not torch.cuda.is_available() and isinstance(tl.sum, triton.JITFunction):
-    raise ImportError(
-        "there is no GPU, and Triton was imported before its interpreter could be asked for; set "
-        "TRITON_INTERPRET=1, or import mamba_tutorial.kernels before triton"
-    )
+from mamba_tutorial.kernels._launch import multiprocessors, on
 
 LANES = 32
 BACKWARD_D = 8  # channels of a program of `_backward`
@@ -88,13 +81,13 @@ def _run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, every):
     """Forward; return y, the last state, and the state before every `every` tokens, if asked."""
     batch, length, d_inner = x.shape
     d_state, blocks = A.shape[1], triton.cdiv(d_inner, LANES)
-    chunk = _chunk(x, 7, batch * blocks, length)
+    chunk = _chunk(x, 3, batch * blocks, length)
     chunks = triton.cdiv(length, chunk)
     sizes = length, chunk, d_inner, d_state
     config = _config(d_state, dt_softplus) | {"EXACT": exact}
     A, h0 = _transposed(A), _transposed(h0)
     ends = spans = starts = None
-    with _on(x):
+    with on(x):
         if chunks > 1:
             ends, spans = _run_ends(x, dt, A, B, None, dt_bias, sizes, config, reverse=False)
         if every:
@@ -134,7 +127,7 @@ def _run_backward(x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, dt_softplu
     given = x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last
     results = dx, ddt, dA, dB, dC, dD, dz, dbias, dh0
     config = _config(d_state, dt_softplus) | {"EXACT": exact, "BLOCK_D": BACKWARD_D}
-    with _on(x):
+    with on(x):
         _backward[(batch * blocks,)](
             *given, *results, length, d_inner, d_state, *strides, **config
         )
@@ -158,7 +151,7 @@ def _run_gluon_backward(x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, dt_s
     tiles = gluon.SECTION // gluon.TILE
     scratch = A.new_empty(programs, tiles, d_state, gluon.CHANNELS)
     ends = spans = None
-    with _on(x):
+    with on(x):
         if chunks > 1:
             sizes, config = (length, chunk, d_inner, d_state), _config(d_state, dt_softplus)
             config |= {"EXACT": exact}
@@ -191,16 +184,15 @@ def _config(d_state: int, dt_softplus: bool) -> dict:
     }
 
 
-def _chunk(x: Tensor, warps: int, rows: int, length: int) -> int:
-    """Return the tokens of a program: all, if the rows alone give each multiprocessor its warps."""
-    cores = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    parts = max(1, warps * cores // rows)
+def _chunk(x: Tensor, enough: int, rows: int, length: int) -> int:
+    """Return the tokens of a program.
+
+    All of them, if there are `enough` rows for each multiprocessor; else as many as give it 8 warps,
+    two for each of its schedulers.
+    """
+    size = multiprocessors(x)
+    parts = 1 if rows >= enough * size else max(1, 8 * size // rows)
     return triton.cdiv(triton.cdiv(length, parts), gluon.SECTION) * gluon.SECTION
-
-
-def _on(tensor: Tensor) -> AbstractContextManager:
-    """Launch on the GPU of the tensor, which need not be the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:
