@@ -1,6 +1,7 @@
 """Checks of arguments. Each message names the argument, what was given and what is needed."""
 
 import importlib
+import importlib.util
 from collections.abc import Iterable
 from types import ModuleType
 
@@ -128,3 +129,21 @@ def check_library(module: str, extra: str) -> ModuleType:
         raise ImportError(
             f"{module} is not installed; it comes with pip install 'mamba-tutorial[{extra}]'"
         ) from error
+
+
+def installed(library: str) -> bool:
+    """Say whether a library can be imported, without importing it."""
+    return importlib.util.find_spec(library) is not None
+
+
+def check_triton(tensor: Tensor, name: str) -> None:
+    """Raise ValueError unless the tensor can enter a Triton kernel; `name` asked for one.
+
+    Where there is a GPU it must lie there; where there is none, kernels run in the interpreter.
+    """
+    if not installed("triton"):
+        raise ValueError(f"{name} is 'triton', but Triton is not installed: pip install triton")
+    small = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    if not small or tensor.is_cuda != torch.cuda.is_available():
+        given = f"{tensor.dtype} on {tensor.device}"
+        raise ValueError(f"{name} is 'triton', which computes in float32 on a GPU, not {given}")

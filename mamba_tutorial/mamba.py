@@ -13,6 +13,7 @@ which takes a state and returns one), and token by token (`step`).
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -22,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mamba_tutorial import checkpoints
-from mamba_tutorial._check import check_length
+from mamba_tutorial._check import check_length, installed
 from mamba_tutorial.selective import SelectiveSSM
 
 Sequence = Float[Tensor, "batch length d_model"]
@@ -151,19 +152,46 @@ class MambaBlock(nn.Module):
     def prefill(self, x: Sequence, state: BlockState) -> tuple[Sequence, BlockState]:
         """Read a piece of the sequences; return its outputs and the state after it."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        window = torch.cat([state.conv.to(x.dtype), x], dim=1)
-        y, h = self.ssm(F.silu(self.conv1d(window.mT).mT), z, state.h)
-        return self.out_proj(y), BlockState(window[:, x.shape[1] :], h)
+        before = state.conv.to(x.dtype)
+        if self._has_kernel(x, state.conv):
+            from mamba_tutorial.kernels.conv import causal_conv
+
+            mixed = causal_conv(x, before, self.conv1d.weight.squeeze(1), self.conv1d.bias)
+        else:
+            window = torch.cat([before, x], dim=1)
+            mixed = F.silu(self.conv1d(window.mT).mT)
+        y, h = self.ssm(mixed, z, state.h)
+        width = before.shape[1]
+        end = torch.cat([before, x[:, max(0, x.shape[1] - width) :]], dim=1)
+        kept = end[:, end.shape[1] - width :]
+        return self.out_proj(y), BlockState(kept, h)
 
     def step(self, x: Token, state: BlockState) -> tuple[Token, BlockState]:
         """Read one token of each sequence; return its output and the state after it."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        window = torch.cat([state.conv.to(x.dtype), x[:, None]], dim=1)
-        mixed = (window * self.conv1d.weight.squeeze(1).mT).sum(1)
-        if self.conv1d.bias is not None:
-            mixed = mixed + self.conv1d.bias
-        y, h = self.ssm.step(F.silu(mixed), state.h, z)
-        return self.out_proj(y), BlockState(window[:, 1:], h)
+        before, weight = state.conv.to(x.dtype), self.conv1d.weight.squeeze(1)
+        if self._has_kernel(x, state.conv) and not torch.is_grad_enabled():
+            from mamba_tutorial.kernels.decode import conv_step
+
+            mixed, kept = conv_step(x, before, weight, self.conv1d.bias)
+        else:
+            window = torch.cat([before, x[:, None]], dim=1)
+            mixed, kept = (window * weight.mT).sum(1), window[:, 1:]
+            if self.conv1d.bias is not None:
+                mixed = mixed + self.conv1d.bias
+            mixed = F.silu(mixed)
+        y, h = self.ssm.step(mixed, state.h, z)
+        return self.out_proj(y), BlockState(kept, h)
+
+    def _has_kernel(self, x: Tensor, before: Tensor) -> bool:
+        """Say whether the convolution has kernels; they know no gradient of `before`."""
+        wide = self.conv1d.kernel_size[0] > 7
+        return (
+            x.is_cuda
+            and x.dtype != torch.float64
+            and not (wide or before.requires_grad)
+            and installed("triton")
+        )
 
 
 class _Layer(nn.Module):
@@ -271,15 +299,18 @@ class MambaLM(nn.Module):
         u, state = self._read(ids, None)
         logits = self._logits(u[:, -1])
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        advance = self.step
+        if ids.is_cuda and max_new_tokens > 1 and not torch.is_autocast_enabled("cuda"):
+            advance = StepGraph(self, len(ids))
         for count in range(max_new_tokens):
             token = sample(logits, temperature, top_k, top_p, generator)
             if eos is not None:
                 token = token.masked_fill(ended, eos)
                 ended |= token == eos
             yield token
-            if ended.all() or count == max_new_tokens - 1:
+            if count == max_new_tokens - 1 or (eos is not None and ended.all()):
                 return
-            logits, state = self.step(token, state)
+            logits, state = advance(token, state)
 
     def generate(
         self,
@@ -351,11 +382,14 @@ class MambaLM(nn.Module):
         checkpoints.save(Path(folder), config, tensors)
 
     def _read(self, ids: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """Return what enters the head, and the state."""
+        """Check; return what enters the head, and the state."""
         _check_ids(ids, self.config.vocab_size)
         if state is None:
             state = self.initial_state(len(ids))
         _check_state(state, len(ids), self.config)
+        return self._run(ids, state)
+
+    def _run(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
         u = self.embedding(ids).float()
         states = []
         for layer, before in zip(self.layers, state, strict=True):
@@ -367,6 +401,61 @@ class MambaLM(nn.Module):
         head = self.embedding if self.config.tie_embeddings else self.lm_head
         u = self.norm_f(u.to(self.norm_f.weight.dtype))
         return F.linear(u, head.weight[: self.config.vocab_size])
+
+
+class StepGraph:
+    """`MambaLM.step` on a GPU as one CUDA graph: recorded once, then replayed.
+
+    A step is some fifteen kernels for each layer, and each runs for a few microseconds. To start
+    them one by one from Python takes longer than to run them. Recorded, they start all at once.
+
+    A graph reads and writes fixed places in memory. So the logits and the state that a call returns
+    are overwritten by the next, ids are not checked, and the model's parameters must stay where
+    they are.
+
+    Args:
+        model: on a GPU.
+        batch: the number of sequences.
+
+    Raises:
+        ValueError: the model is not on a GPU.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: MambaLM, batch: int):
+        device = model.embedding.weight.device
+        if device.type != "cuda":
+            raise ValueError(f"model is on {device}, expected a GPU")
+        self.ids = torch.zeros(batch, dtype=torch.long, device=device)
+        self.state = model.initial_state(batch)
+        aside = torch.cuda.Stream(device)
+        aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(aside):  # kernels are compiled and libraries set up beforehand
+            for _ in range(2):
+                model._logits(model._run(self.ids, self.state)[0])
+        torch.cuda.current_stream(device).wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            u, after = model._run(self.ids, self.state)
+            self.logits = model._logits(u)
+            self._copy(after)
+
+    def __call__(
+        self, ids: Int[Tensor, " batch"], state: State
+    ) -> tuple[Float[Tensor, "batch vocab_size"], State]:
+        """Read one token of each sequence; see `MambaLM.step`."""
+        self.ids.copy_(ids)
+        if state is not self.state:
+            self._copy(state)
+        self.graph.replay()
+        return self.logits, self.state
+
+    def _copy(self, state: State) -> None:
+        """Write a state where the graph reads it."""
+        mine, given = (
+            [part for block in blocks for part in block] for blocks in (self.state, state)
+        )
+        torch._foreach_copy_(mine, given)
 
 
 def sample(

@@ -26,10 +26,10 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
-from mamba_tutorial._check import check_choice, check_dtypes, check_length
+from mamba_tutorial._check import check_choice, check_dtypes, check_length, check_triton, installed
 
 Elements = tuple[Tensor, ...]
-Method = Literal["auto", "sequential", "hillis_steele", "blelloch", "chunked"]
+Method = Literal["auto", "sequential", "hillis_steele", "blelloch", "chunked", "triton"]
 
 
 class Monoid(NamedTuple):
@@ -184,8 +184,10 @@ def linear_scan(
         h0: (batch, ...), the state before the first token (after the last, if reversed); zero by
             default.
         reverse: run from the last token to the first, h_t = a_t h_{t+1} + b_t.
-        method: "sequential" is a loop, the others are the algorithms of this module; "auto"
-            chooses by the size, for a CPU.
+        method: "sequential" is a loop, the others are the algorithms of this module, but "triton",
+            one kernel on a GPU (without a GPU: in Triton's interpreter), which computes in float32.
+            "auto" is the kernel on a GPU, for real numbers of at most 32 bits, where Triton is
+            installed; else it chooses by the size.
 
     Returns:
         h: (batch, length, ...).
@@ -193,10 +195,10 @@ def linear_scan(
     Raises:
         TypeError: an argument is no floating or complex tensor, or has another dtype than a.
         ValueError: a shape does not fit, the length is zero, devices differ, or there is no such
-            method.
+            method, or the kernel does not fit.
     """
     check_dtypes(a=a, b=b, h0=h0)
-    check_choice("method", method, ["auto", *ALGORITHMS])
+    check_choice("method", method, ["auto", *ALGORITHMS, "triton"])
     if a.ndim < 2 or a.shape[1] == 0:
         raise ValueError(f"a has shape {tuple(a.shape)}, expected (batch, length, ...), length ≥ 1")
     if b.shape != a.shape:
@@ -206,12 +208,23 @@ def linear_scan(
     if h0.shape != a[:, 0].shape:
         needed = f"expected (batch, ...) = {tuple(a[:, 0].shape)}"
         raise ValueError(f"h0 has shape {tuple(h0.shape)}, {needed}")
+    small = a.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    if method == "triton" or (method == "auto" and a.is_cuda and small and installed("triton")):
+        return _triton(a, b, h0, reverse)
     if a.dtype in (torch.float16, torch.bfloat16):
         h = linear_scan(a.float(), b.float(), h0.float(), reverse=reverse, method=method)
         return h.to(a.dtype)
     if reverse:
         return linear_scan(a.flip(1), b.flip(1), h0, method=method).flip(1)
     return _LinearScan.apply(a, b, h0, method)
+
+
+def _triton(a: Tensor, b: Tensor, h0: Tensor, reverse: bool) -> Tensor:
+    check_triton(a, "method")
+    from mamba_tutorial.kernels.scan import LinearScan
+
+    a, flat = (tensor.reshape(*tensor.shape[:2], -1).contiguous() for tensor in (a, b))
+    return LinearScan.apply(a, flat, h0.reshape(len(h0), -1).contiguous(), reverse).view_as(b)
 
 
 class _LinearScan(torch.autograd.Function):

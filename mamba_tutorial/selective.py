@@ -14,7 +14,6 @@ hold that the paper prints. With "mamba" it is 1, Euler's rule, which is what th
 computes (`selective_scan_ref` of mamba_ssm), and so what its checkpoints were trained with.
 """
 
-import importlib.util
 import math
 from collections.abc import Callable, Collection
 from functools import partial
@@ -26,7 +25,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mamba_tutorial._check import check_choice, check_length, check_shape
+from mamba_tutorial._check import (
+    check_choice,
+    check_length,
+    check_shape,
+    check_triton,
+    installed,
+)
 from mamba_tutorial.discretize import exprel
 from mamba_tutorial.scan import linear_scan
 
@@ -119,7 +124,8 @@ def selective_step(
     """Read one token: the arguments of `selective_scan` without the length, and the state h.
 
     The official function is `selective_state_update` of mamba_ssm; that one writes the new state
-    over the old one, this one returns it.
+    over the old one, this one returns it. On a GPU, where no gradient is wanted and dt_softplus is
+    set, it is one kernel.
 
     Returns:
         y: (batch, d_inner), and the state after the token.
@@ -130,6 +136,12 @@ def selective_step(
     check_choice("discretization", discretization, ["mamba", "zoh"])
     sizes = _check_tokens("batch", x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     h = _check_state("h", h, x, (sizes["batch"], *A.shape))
+    given = h, x, dt, A, B, C, D, z, dt_bias
+    learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    if _choose(x) == "triton" and dt_softplus and discretization == "mamba" and not learning:
+        from mamba_tutorial.kernels import decode
+
+        return decode.selective_step(*given, dt_softplus)
     step = _step_size(dt, dt_bias, dt_softplus, h.dtype)
     inputs = [tensor.to(h.dtype) for tensor in (A, B, C)]
     y, h = _advance(h, x.to(h.dtype), step, *inputs, discretization == "zoh")
@@ -275,11 +287,7 @@ def _triton(
     exact: bool,
 ) -> tuple[Tensor, Tensor]:
     """The whole of it in one kernel: bias, softplus, scan, skip connection and gate."""
-    if not _installed("triton"):
-        raise ValueError("backend is 'triton', but Triton is not installed: pip install triton")
-    if x.dtype == torch.float64 or x.is_cuda != torch.cuda.is_available():
-        given = f"{x.dtype} on {x.device}"
-        raise ValueError(f"backend is 'triton', which computes in float32 on a GPU, not {given}")
+    check_triton(x, "backend")
     if not dt_softplus:
         _step_size(dt, dt_bias, False, torch.float32)  # for its check alone
     from mamba_tutorial.kernels.selective_scan import SelectiveScan
@@ -349,7 +357,7 @@ def _chunk(
 def _numba(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, exact: bool
 ) -> tuple[Tensor, Tensor]:
-    if not _installed("numba"):
+    if not installed("numba"):
         raise ValueError("backend is 'numba', but Numba is not installed: pip install numba")
     if x.device.type != "cpu" or x.dtype != torch.float32:
         given = f"{x.dtype} on {x.device}"
@@ -364,15 +372,11 @@ BACKENDS = {"sequential": _sequential, "parallel": _parallel, "numba": _numba}
 
 def _choose(x: Tensor) -> Backend:
     if x.dtype != torch.float64:
-        if x.is_cuda and _installed("triton"):
+        if x.is_cuda and installed("triton"):
             return "triton"
-        if x.device.type == "cpu" and _installed("numba"):
+        if x.device.type == "cpu" and installed("numba"):
             return "numba"
     return "parallel"
-
-
-def _installed(library: str) -> bool:
-    return importlib.util.find_spec(library) is not None
 
 
 def _advance(

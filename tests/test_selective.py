@@ -197,7 +197,7 @@ def test_numba_is_repeatable_to_the_bit():
 def test_without_numba_plain_pytorch_does_the_work(monkeypatch):
     inputs = problem(dtype=torch.float32)
     expected = selective_scan(**inputs, dt_softplus=True, backend="parallel")
-    monkeypatch.setattr(selective, "_installed", lambda library: False)
+    monkeypatch.setattr(selective, "installed", lambda library: False)
     assert torch.equal(selective_scan(**inputs, dt_softplus=True), expected)
     with pytest.raises(ValueError, match="Numba is not installed: pip install numba"):
         selective_scan(**inputs, dt_softplus=True, backend="numba")

@@ -72,7 +72,7 @@ def causal_conv(x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | None) 
 
 @triton.jit
 def _token(x_ptr, before_ptr, row, c, inside, channels, x_row, WIDTH: tl.constexpr):
-    """x at a row; rows below 0 are the tokens before the first."""
+    """X at a row; rows below 0 are the tokens before the first."""
     x = tl.load(x_ptr + row.to(tl.int64) * x_row + c, inside & (row >= 0), 0.0).to(tl.float32)
     early = inside & (row < 0)
     return x + tl.load(before_ptr + (row + WIDTH - 1) * channels + c, early, 0.0).to(tl.float32)

@@ -128,9 +128,7 @@ def _run_backward(x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, dt_softplu
     results = dx, ddt, dA, dB, dC, dD, dz, dbias, dh0
     config = _config(d_state, dt_softplus) | {"EXACT": exact, "BLOCK_D": BACKWARD_D}
     with on(x):
-        _backward[(batch * blocks,)](
-            *given, *results, length, d_inner, d_state, *strides, **config
-        )
+        _backward[(batch * blocks,)](*given, *results, length, d_inner, d_state, *strides, **config)
     return dx, ddt, dA.sum(0).mT, dB.sum(0), dC.sum(0), dD.sum(0), dz, dbias.sum(0), dh0.mT
 
 
@@ -187,8 +185,8 @@ def _config(d_state: int, dt_softplus: bool) -> dict:
 def _chunk(x: Tensor, enough: int, rows: int, length: int) -> int:
     """Return the tokens of a program.
 
-    All of them, if there are `enough` rows for each multiprocessor; else as many as give it 8 warps,
-    two for each of its schedulers.
+    All of them, if there are `enough` rows for each multiprocessor; else as many as give it eight
+    warps, two for each of its schedulers.
     """
     size = multiprocessors(x)
     parts = 1 if rows >= enough * size else max(1, 8 * size // rows)

@@ -4,7 +4,7 @@ Plain Triton decides by itself which thread holds which number. For the backward
 worth a factor of three: sums over the states should stay within a thread, sums over the channels
 should go through shared memory, and Triton's own layout does neither. Gluon is the same compiler
 with the layouts written down. It has no interpreter, so `selective_scan` keeps a plain Triton
-backward pass for everything that this one does not take (see `takes`), and tests hold them together.
+backward pass for everything that this one does not take (see `takes`); tests hold them together.
 
 A program takes 32 channels per warp and a chunk of the length; a thread owns one channel with all
 16 states. Going backwards needs the states, which the forward pass did not keep. So:
@@ -18,15 +18,14 @@ A program takes 32 channels per warp and a chunk of the length; a thread owns on
 
        g_t = dy_t C_t + G,   G ← a_t g_t,   dΔ_t = Σ_n A G h_{t−1} + …,   dx_t = Δ_t Σ_n g_t B_t
 
-   What B and C receive, g_t Δ_t x_t and h_t dy_t, is summed over the channels of the program through
-   shared memory, and written as one part per program. Adding the parts up is left to PyTorch, so
-   that two runs give the same bits.
+   What B and C receive, g_t Δ_t x_t and h_t dy_t, is summed over the channels of the program
+   through shared memory, and written as one part per program. Adding the parts up is left to
+   PyTorch, so that two runs give the same bits.
 
 Copies of the next tiles run while one is computed (`cp.async`, three tiles deep).
 """
 
 import torch
-import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -267,7 +266,9 @@ def backward(
                 dstep = gl.sum(dlog * A2, axis=0) * LN2 + ddrive * x_k
                 to_B.slice(k * N, N, 0).store(g * (step * x_k)[None, :])
                 if SOFTPLUS:
-                    dstep *= gluon_sigmoid(dt_rows.index(slot + k).load(OVER_N).to(gl.float32) + bias)
+                    dstep *= gluon_sigmoid(
+                        dt_rows.index(slot + k).load(OVER_N).to(gl.float32) + bias
+                    )
                 mask = (own >= 0) & (row + k < tokens)
                 dstep = gl.where(mask, dstep, 0.0)
                 dbias += dstep
