@@ -452,10 +452,7 @@ class StepGraph:
 
     def _copy(self, state: State) -> None:
         """Write a state where the graph reads it."""
-        mine, given = (
-            [part for block in blocks for part in block] for blocks in (self.state, state)
-        )
-        torch._foreach_copy_(mine, given)
+        torch._foreach_copy_([*chain.from_iterable(self.state)], [*chain.from_iterable(state)])
 
 
 def sample(

@@ -1,0 +1,558 @@
+"""Measure the kernels on a GPU side by side with others: `make bench-gpu`.
+
+Each section measures one thing at several sizes, with every library that is installed, one after
+the other on the same inputs, and writes `gpu_<section>.json` with hardware, versions and command.
+A candidate is compared before it is timed: with float64 where that can be afforded, else with the
+first candidate. One that is wrong is not timed; one that is missing, or that fails, is recorded
+with the reason.
+
+Times are medians of CUDA events around the replay of a CUDA graph, so that starting kernels from
+Python does not count, with the second-level cache cleared before each. Where a library cannot be
+recorded in a graph it is called directly, and the row says so.
+"""
+
+import argparse
+import importlib
+import inspect
+import json
+import math
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from mamba_tutorial.mamba import MambaBlock, MambaConfig, MambaLM, StepGraph
+from mamba_tutorial.scan import linear_scan
+from mamba_tutorial.selective import selective_scan
+from mamba_tutorial.training import environment
+
+COMMAND = "python -m mamba_tutorial.benchmark_gpu"
+Run = Callable[[], object]
+Row = dict[str, object]
+
+RECURRENCES = [  # dtype, batch, length, channels
+    (torch.float32, 8, 4096, 2048),
+    (torch.float32, 8, 16384, 1536),
+    (torch.float32, 1, 65536, 1024),
+    (torch.float32, 1, 1 << 20, 64),
+    (torch.bfloat16, 8, 4096, 2048),
+]
+SCANS = [  # batch, length, d_inner
+    (8, 512, 2048),
+    (8, 2048, 2048),
+    (8, 8192, 2048),
+    (2, 32768, 2048),
+    (1, 65536, 2048),
+    (1, 2048, 1536),
+    (1, 131072, 1536),
+    (1, 1 << 20, 1536),
+]
+SMALL = MambaConfig(d_model=768, n_layer=24, vocab_size=50280)  # the size of mamba-130m
+
+
+# how to measure
+
+
+def milliseconds(run: Run, repeats_ms: int = 60) -> tuple[float, str]:
+    """Return the median time of run(), and whether it was replayed as a graph or called."""
+    triton = importlib.import_module("triton")
+    try:
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            run()
+            run()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = run()
+        replay, how = graph.replay, "graph"
+    except RuntimeError as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        torch.cuda.synchronize()
+        replay, how, kept = run, "called", None
+    took = triton.testing.do_bench(replay, warmup=25, rep=repeats_ms, return_mode="median")
+    del kept
+    return took, how
+
+
+def peak_mib(run: Run) -> float:
+    """Return the most memory held during run() beyond what was held before, in MiB."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def copy_bandwidth() -> float:
+    """Return the bytes per second, read and written, of a large copy on the device."""
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    took, _ = milliseconds(lambda: target.copy_(source))
+    return 2 * source.nbytes / took * 1e3
+
+
+def relative(value: Tensor, exact: Tensor) -> float:
+    """Return ‖value − exact‖ / ‖exact‖."""
+    return ((value.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def attempt(row: Row, measure: Callable[[], Row]) -> Row:
+    """Add what measure() returns to the row, or the reason why there is nothing."""
+    try:
+        return row | measure()
+    except ModuleNotFoundError as error:
+        return row | {"passed_over": f"{error.name} is not installed"}
+    except Exception as error:  # a peer's, whatever it is, is a result
+        lines = str(error).splitlines() or [""]
+        return row | {"passed_over": f"{type(error).__name__}: {lines[0][:200]}"}
+    finally:
+        torch.cuda.empty_cache()
+
+
+def no_grad(run: Run) -> Run:
+    """Return run() without gradients."""
+    return torch.no_grad()(run)
+
+
+# the recurrence
+
+
+def ours_recurrence(a: Tensor, b: Tensor) -> Tensor:
+    """(batch, length, channels), as every candidate."""
+    return linear_scan(a, b)
+
+
+def accelerated_scan(a: Tensor, b: Tensor) -> Tensor:
+    """The Triton kernel of accelerated-scan, which wants the length last; not counted here."""
+    scan = importlib.import_module("accelerated_scan.scalar").scan
+    return scan(a, b)
+
+
+def torch_associative_scan(a: Tensor, b: Tensor) -> Tensor:
+    """PyTorch's associative_scan, compiled."""
+    return _compiled_scan()(a, b)
+
+
+_COMPILED: list[Callable] = []
+
+
+def _compiled_scan() -> Callable:
+    if not _COMPILED:
+        module = importlib.import_module("torch._higher_order_ops.associative_scan")
+
+        def combine(left, right):
+            return left[0] * right[0], right[0] * left[1] + right[1]
+
+        def scan(a: Tensor, b: Tensor) -> Tensor:
+            return module.associative_scan(combine, (a, b), dim=1, combine_mode="pointwise")[1]
+
+        _COMPILED.append(torch.compile(scan))
+    return _COMPILED[0]
+
+
+def jax_ms(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Return the milliseconds of jax.lax.associative_scan, and its error against linear_scan."""
+    jax = importlib.import_module("jax")
+    a_j, b_j = (jax.dlpack.from_dlpack(tensor) for tensor in (a, b))
+
+    def combine(left, right):
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    scan = jax.jit(lambda a, b: jax.lax.associative_scan(combine, (a, b), axis=1)[1])
+    result = torch.from_dlpack(scan(a_j, b_j))
+    error = relative(result, linear_scan(a, b))
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        scan(a_j, b_j).block_until_ready()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times), error
+
+
+def recurrence() -> Iterator[Row]:
+    """Forward, and forward with backward, against the bandwidth of a copy.
+
+    Bytes counted are the least: three numbers per element forwards, five backwards (a, h and the
+    gradient in, two gradients out).
+    """
+    bandwidth = copy_bandwidth()
+    for dtype, batch, length, channels in RECURRENCES:
+        a = (torch.rand(batch, length, channels, device="cuda") * 0.5 + 0.5).to(dtype)
+        b, upstream = (torch.randn_like(a) for _ in range(2))
+        few = slice(0, min(16, channels))
+        exact = linear_scan(
+            a[:1, :, few].double(), b[:1, :, few].double(), method="chunked"
+        )  # fmt: skip
+        turned = [tensor.mT.contiguous() for tensor in (a, b, upstream)]
+        candidates = {
+            "mamba_tutorial": (ours_recurrence, (a, b, upstream), 1),
+            "accelerated-scan, Triton": (accelerated_scan, turned, 2),
+            "torch, associative_scan compiled": (torch_associative_scan, (a, b, upstream), 1),
+        }
+        shape = {"dtype": str(dtype)[6:], "batch": batch, "length": length, "channels": channels}
+        for name, (scan, given, axis) in candidates.items():
+            row = {**shape, "name": name, "copy_tb_per_s": bandwidth / 1e12}
+            yield attempt(row, lambda s=scan, g=given, x=axis: _recurrence(s, g, x, exact, few))
+        if dtype == torch.float32 and length <= 4096:
+
+            def with_jax(given=(a, b)) -> Row:
+                took, error = jax_ms(*given)
+                return {"forward_ms": took, "how": "called", "error": error}
+
+            yield attempt({**shape, "name": "jax, associative_scan"}, with_jax)
+
+
+def _recurrence(scan: Callable, given: Sequence[Tensor], axis: int, exact: Tensor, few: slice):
+    a, b, upstream = given
+    with torch.no_grad():
+        h = scan(a, b)
+    h = h if axis == 1 else h.mT
+    error = relative(h[:1, :, few], exact)
+    if not error < (1e-5 if a.dtype == torch.float32 else 1e-2):
+        raise ValueError(f"wrong, by {error:.1e}")
+    del h
+    forward, how = milliseconds(no_grad(lambda: scan(a, b)))
+    row = {"forward_ms": forward, "how": how, "error": error}
+    if scan is torch_associative_scan:
+        return row
+    leaves = [tensor.detach().requires_grad_() for tensor in (a, b)]
+    both, _ = milliseconds(lambda: torch.autograd.grad(scan(*leaves), leaves, upstream))
+    return row | {"both_ms": both}
+
+
+# the selective scan
+
+
+def scan_inputs(batch: int, length: int, d_inner: int) -> list[Tensor]:
+    """Return x, dt, A, B, C, D, z, dt_bias as a Mamba block has them at the start, bfloat16."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cuda").bfloat16()
+
+    tokens, shared = (batch, length, d_inner), (batch, length, 16)
+    A = -torch.arange(1.0, 17, device="cuda").repeat(d_inner, 1)
+    log_dt = torch.rand(d_inner, generator=generator, device="cuda") * math.log(100) - math.log(1e3)
+    bias = log_dt.exp() + torch.log(-torch.expm1(-log_dt.exp()))  # softplus gives 0.001 … 0.1
+    D = torch.ones(d_inner, device="cuda")
+    return [random(*tokens), random(*tokens), A, random(*shared), random(*shared), D,
+            random(*tokens), bias]  # fmt: skip
+
+
+def ours_scan(x, dt, A, B, C, D, z, bias) -> Tensor:
+    """The kernel of this package."""
+    return selective_scan(x, dt, A, B, C, D, z, bias, True, backend="triton")
+
+
+def unfused_scan(x, dt, A, B, C, D, z, bias) -> Tensor:
+    """The same in PyTorch operations around our linear scan: all states go to memory."""
+    step = F.softplus(dt.float() + bias)
+    a = torch.exp(step[..., None] * A)
+    b = (step * x.float())[..., None] * B.float()[:, :, None]
+    y = (linear_scan(a, b) @ C.float()[..., None]).squeeze(-1)
+    return ((y + D * x) * F.silu(z.float())).to(x.dtype)
+
+
+def mamba_ssm_scan(*given: Tensor) -> Tensor:
+    """The official CUDA kernel; inputs and output with the length last."""
+    module = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
+    return module.selective_scan_fn(*given, delta_softplus=True)
+
+
+def selective() -> Iterator[Row]:
+    """Forward, forward with backward, and memory, bfloat16, 16 states, gate, bias and softplus."""
+    for batch, length, d_inner in SCANS:
+        given = scan_inputs(batch, length, d_inner)
+        upstream = torch.randn_like(given[0])
+        last = [tensor.mT.contiguous() if tensor.ndim == 3 else tensor for tensor in given]
+        candidates = {
+            "mamba_tutorial": (ours_scan, given, upstream),
+            "mamba_ssm, CUDA": (mamba_ssm_scan, last, upstream.mT.contiguous()),
+        }
+        if batch * length * d_inner <= 1 << 23:
+            candidates["PyTorch, unfused"] = (unfused_scan, given, upstream)
+        exact = _exact(given)
+        shape = {"batch": batch, "length": length, "d_inner": d_inner}
+        for name, (scan, inputs, gradient) in candidates.items():
+            row = {**shape, "name": name}
+            yield attempt(row, lambda s=scan, i=inputs, g=gradient: _selective(s, i, g, exact))
+        del given, last, candidates, upstream
+
+
+def _exact(given: Sequence[Tensor]) -> Tensor:
+    """Return the first 4096 tokens of 32 channels of the first sequence, in float64."""
+    x, dt, A, B, C, D, z, bias = (tensor.double() for tensor in (
+        tensor[:1, :4096, :32] if tensor.ndim == 3 else tensor[:32] for tensor in given))  # fmt: skip
+    return selective_scan(x, dt, A, B, C, D, z, bias, True, backend="parallel")
+
+
+def _selective(scan: Callable, given: Sequence[Tensor], upstream: Tensor, exact: Tensor) -> Row:
+    with torch.no_grad():
+        y = scan(*given)
+    part = y[:1, : exact.shape[1], :32] if scan is not mamba_ssm_scan else (
+        y[:1, :32, : exact.shape[1]].mT)  # fmt: skip
+    error = relative(part, exact)
+    if not error < 5e-3:
+        raise ValueError(f"wrong, by {error:.1e}")
+    del y, part
+    leaves = [tensor.detach().requires_grad_() for tensor in given]
+
+    def both() -> object:
+        return torch.autograd.grad(scan(*leaves), leaves, upstream)
+
+    row = {"error": error, "peak_mib": peak_mib(both)}
+    row["forward_ms"], row["how"] = milliseconds(no_grad(lambda: scan(*given)))
+    row["both_ms"], _ = milliseconds(both)
+    return row
+
+
+# attention, for the crossing
+
+
+def attention() -> Iterator[Row]:
+    """Causal FlashAttention and the selective scan, width 1024, 65536 tokens in all, forward."""
+    for length in (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536):
+        batch = 65536 // length
+        shape = {"batch": batch, "length": length}
+
+        def flash(batch=batch, length=length) -> Row:
+            heads = torch.randn(3, batch, 16, length, 64, device="cuda", dtype=torch.bfloat16)
+            backend = torch.nn.attention.SDPBackend.FLASH_ATTENTION
+            with torch.nn.attention.sdpa_kernel(backend):
+                took, how = milliseconds(
+                    no_grad(lambda: F.scaled_dot_product_attention(*heads, is_causal=True))
+                )
+            return {"forward_ms": took, "how": how}
+
+        def ours(batch=batch, length=length) -> Row:
+            given = scan_inputs(batch, length, 1024)
+            took, how = milliseconds(no_grad(lambda: ours_scan(*given)))
+            return {"forward_ms": took, "how": how}
+
+        yield attempt({**shape, "name": "FlashAttention, causal"}, flash)
+        yield attempt({**shape, "name": "mamba_tutorial"}, ours)
+
+
+# one token at a time
+
+
+def decode() -> Iterator[Row]:
+    """One step of the scan, d_inner 5120, against the time that its bytes take in a copy."""
+    bandwidth = copy_bandwidth()
+    kernel = importlib.import_module("mamba_tutorial.kernels.decode").selective_step
+    for batch in (1, 16, 64, 128, 256, 512):
+        h = torch.randn(batch, 5120, 16, device="cuda")
+        x, dt, z = torch.randn(3, batch, 5120, device="cuda").bfloat16()
+        B, C = torch.randn(2, batch, 16, device="cuda").bfloat16()
+        A, (D, bias) = -torch.rand(5120, 16, device="cuda"), torch.randn(2, 5120, device="cuda")
+        least = 2 * h.nbytes + 4 * x.nbytes + A.nbytes
+        shape = {"batch": batch, "floor_us": 1e6 * least / bandwidth}
+
+        def ours(h=h, given=(x, dt, A, B, C, D, z, bias)) -> Row:
+            took, how = milliseconds(lambda: kernel(h, *given, True))
+            return {"us": 1e3 * took, "how": how}
+
+        def official(h=h, given=(x, dt, A, B, C, D, z, bias)) -> Row:
+            module = importlib.import_module("mamba_ssm.ops.triton.selective_state_update")
+            y = module.selective_state_update(h.clone(), *given, dt_softplus=True)
+            error = relative(kernel(h, *given, True)[0], y)
+            took, how = milliseconds(
+                lambda: module.selective_state_update(h, *given, dt_softplus=True)
+            )
+            return {"us": 1e3 * took, "how": how, "difference": error}
+
+        yield attempt({**shape, "name": "mamba_tutorial"}, ours)
+        yield attempt({**shape, "name": "mamba_ssm, Triton"}, official)
+
+
+def generation() -> Iterator[Row]:
+    """Tokens per second of a whole model of 130 million parameters, greedy, after 16 tokens.
+
+    bfloat16. The models of transformers write 32 tokens by `generate`, ours 128 by the same method
+    and, as "step alone", by the replayed step without sampling.
+    """
+    torch.manual_seed(0)
+    model = MambaLM(SMALL).cuda().bfloat16().eval()
+    for batch in (1, 8, 32, 128, 512):
+        ids = torch.randint(50000, (batch, 16), device="cuda")
+        shape = {"batch": batch}
+
+        def ours(ids=ids) -> Row:
+            return _throughput(lambda n: model.generate(ids, n, temperature=0), ids, 128)
+
+        def alone(ids=ids, batch=batch) -> Row:
+            step, state = StepGraph(model, batch), model.initial_state(batch)
+            _, state = step(ids[:, 0], state)
+            took, _ = milliseconds(lambda: step(ids[:, 0], state))
+            return {"tokens_per_s": 1e3 * batch / took, "ms_per_token": took}
+
+        yield attempt({**shape, "name": "mamba_tutorial"}, ours)
+        yield attempt({**shape, "name": "mamba_tutorial, step alone"}, alone)
+        for name in ("Mamba", "GPTNeoX"):
+            yield attempt(
+                {**shape, "name": f"transformers, {name}"},
+                lambda n=name, i=ids: _throughput(_peer(n), i, 32),
+            )
+
+
+_PEERS: dict[str, Callable] = {}
+
+
+def _peer(name: str) -> Callable:
+    """Return generate of a model of transformers of the same size, made once."""
+    if name not in _PEERS:
+        library = importlib.import_module("transformers")
+        sizes = (
+            {"hidden_size": 768, "num_hidden_layers": 24, "vocab_size": 50280, "state_size": 16}
+            if name == "Mamba"
+            else {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072,
+                  "num_attention_heads": 12, "vocab_size": 50304, "tie_word_embeddings": False}
+        )  # fmt: skip
+        config = getattr(library, f"{name}Config")(**sizes)
+        model = getattr(library, f"{name}ForCausalLM")(config).cuda().bfloat16().eval()
+
+        def generate(ids: Tensor, count: int) -> Tensor:
+            return model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=count,
+                min_new_tokens=count, do_sample=False, pad_token_id=0,
+            )  # fmt: skip
+
+        _PEERS[name] = generate
+    return _PEERS[name]
+
+
+def _throughput(generate: Callable, ids: Tensor, count: int) -> Row:
+    write = generate if len(inspect.signature(generate).parameters) == 1 else (
+        lambda n: generate(ids, n))  # fmt: skip
+    with torch.no_grad():
+        write(4)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        written = write(count)
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    new = written.shape[1] - ids.shape[1]
+    return {"tokens_per_s": len(ids) * new / seconds, "ms_per_token": 1e3 * seconds / new}
+
+
+# training
+
+
+def training() -> Iterator[Row]:
+    """One step, forward and backward, of the model of 130 million parameters, bfloat16 autocast."""
+    for batch, length in ((8, 1024), (8, 2048), (1, 16384)):
+        ids = torch.randint(50000, (batch, length), device="cuda")
+        shape = {"batch": batch, "length": length}
+
+        def ours(ids=ids) -> Row:
+            torch.manual_seed(0)
+            return _step(MambaLM(SMALL).cuda(), ids, lambda model: model(ids))
+
+        def peer(ids=ids) -> Row:
+            library = importlib.import_module("transformers")
+            config = library.MambaConfig(hidden_size=768, num_hidden_layers=24, vocab_size=50280)
+            model = library.MambaForCausalLM(config).cuda()
+            return _step(model, ids, lambda model: model(ids).logits)
+
+        yield attempt({**shape, "name": "mamba_tutorial"}, ours)
+        if batch * length <= 8192:
+            yield attempt({**shape, "name": "transformers, Mamba"}, peer)
+
+
+def _step(model: torch.nn.Module, ids: Tensor, logits: Callable) -> Row:
+    model.train()
+
+    def run() -> object:
+        with torch.autocast("cuda", torch.bfloat16):
+            found = logits(model)
+        F.cross_entropy(found[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
+        model.zero_grad(set_to_none=True)
+
+    run()
+    triton = importlib.import_module("triton")
+    peak = peak_mib(run)
+    took = triton.testing.do_bench(run, warmup=50, rep=200, return_mode="median")
+    return {"ms": took, "tokens_per_s": 1e3 * ids.numel() / took, "peak_mib": peak}
+
+
+def block() -> Iterator[Row]:
+    """Where the time of a whole block goes, forward and backward, kernel by kernel.
+
+    d_model 1024, batch 8, length 2048, bfloat16 autocast.
+    """
+    torch.manual_seed(0)
+    layer = MambaBlock(MambaConfig(d_model=1024, n_layer=1, vocab_size=1)).cuda()
+    x = torch.randn(8, 2048, 1024, device="cuda", requires_grad=True)
+
+    def run() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            y = layer(x)
+        y.float().sum().backward()
+
+    for _ in range(3):
+        run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(5):
+            run()
+        torch.cuda.synchronize()
+    for event in profile.key_averages():
+        yield {"name": event.key[:80], "us": event.self_device_time_total / 5,
+               "calls": event.count / 5}  # fmt: skip
+
+
+SECTIONS = {
+    section.__name__: section
+    for section in (recurrence, selective, attention, decode, generation, training, block)
+}
+
+
+def hardware() -> Row:
+    """Return versions, the GPU and its clocks as they are while it works."""
+    query = "name,driver_version,clocks.sm,clocks.mem"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    versions = {}
+    for name in ("triton", "mamba_ssm", "accelerated_scan", "transformers", "jax"):
+        try:
+            versions[name] = getattr(importlib.import_module(name), "__version__", "unknown")
+        except ImportError:
+            versions[name] = "not installed"
+    return environment() | versions | {"cuda": torch.version.cuda, "nvidia_smi": said}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure the sections, print a table of each, and write the records."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="these sections alone")
+    parser.add_argument("--out", type=Path, help="a folder for the records")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.exit(1, "PyTorch sees no GPU here\n")
+    for name in options.only or SECTIONS:
+        rows = []
+        for row in tqdm(SECTIONS[name](), desc=name, disable=None):
+            rows.append(row)
+            shown = " ".join(
+                f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items()
+            )
+            tqdm.write(f"{name}: {shown}")
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+            record = {"command": f"{COMMAND} --only {name}", "environment": hardware()}
+            text = json.dumps(record | {"results": rows}, indent=1)
+            (options.out / f"gpu_{name}.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
