@@ -13,13 +13,13 @@ recorded in a graph it is called directly, and the row says so.
 
 import argparse
 import importlib
-import inspect
 import json
 import math
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,9 +96,10 @@ def peak_mib(run: Run) -> float:
 
 def copy_bandwidth() -> float:
     """Return the bytes per second, read and written, of a large copy on the device."""
+    triton = importlib.import_module("triton")
     source = torch.randn(1 << 28, device="cuda")
     target = torch.empty_like(source)
-    took, _ = milliseconds(lambda: target.copy_(source))
+    took = triton.testing.do_bench(lambda: target.copy_(source), return_mode="median")
     return 2 * source.nbytes / took * 1e3
 
 
@@ -161,8 +162,8 @@ def _compiled_scan() -> Callable:
     return _COMPILED[0]
 
 
-def jax_ms(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Return the milliseconds of jax.lax.associative_scan, and its error against linear_scan."""
+def _jax(a: Tensor, b: Tensor) -> Row:
+    """Time jax.lax.associative_scan, compiled, by the clock of the host."""
     jax = importlib.import_module("jax")
     a_j, b_j = (jax.dlpack.from_dlpack(tensor) for tensor in (a, b))
 
@@ -177,7 +178,7 @@ def jax_ms(a: Tensor, b: Tensor) -> tuple[float, float]:
         start = time.perf_counter()
         scan(a_j, b_j).block_until_ready()
         times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times), error
+    return {"forward_ms": statistics.median(times), "how": "called", "error": error}
 
 
 def recurrence() -> Iterator[Row]:
@@ -203,14 +204,9 @@ def recurrence() -> Iterator[Row]:
         shape = {"dtype": str(dtype)[6:], "batch": batch, "length": length, "channels": channels}
         for name, (scan, given, axis) in candidates.items():
             row = {**shape, "name": name, "copy_tb_per_s": bandwidth / 1e12}
-            yield attempt(row, lambda s=scan, g=given, x=axis: _recurrence(s, g, x, exact, few))
+            yield attempt(row, partial(_recurrence, scan, given, axis, exact, few))
         if dtype == torch.float32 and length <= 4096:
-
-            def with_jax(given=(a, b)) -> Row:
-                took, error = jax_ms(*given)
-                return {"forward_ms": took, "how": "called", "error": error}
-
-            yield attempt({**shape, "name": "jax, associative_scan"}, with_jax)
+            yield attempt({**shape, "name": "jax, associative_scan"}, partial(_jax, a, b))
 
 
 def _recurrence(scan: Callable, given: Sequence[Tensor], axis: int, exact: Tensor, few: slice):
@@ -286,22 +282,22 @@ def selective() -> Iterator[Row]:
         shape = {"batch": batch, "length": length, "d_inner": d_inner}
         for name, (scan, inputs, gradient) in candidates.items():
             row = {**shape, "name": name}
-            yield attempt(row, lambda s=scan, i=inputs, g=gradient: _selective(s, i, g, exact))
+            yield attempt(row, partial(_selective, scan, inputs, gradient, exact))
         del given, last, candidates, upstream
 
 
 def _exact(given: Sequence[Tensor]) -> Tensor:
     """Return the first 4096 tokens of 32 channels of the first sequence, in float64."""
-    x, dt, A, B, C, D, z, bias = (tensor.double() for tensor in (
-        tensor[:1, :4096, :32] if tensor.ndim == 3 else tensor[:32] for tensor in given))  # fmt: skip
+    part = [t[:1, :4096, :32] if t.ndim == 3 else t[:32] for t in given]
+    x, dt, A, B, C, D, z, bias = (tensor.double() for tensor in part)
     return selective_scan(x, dt, A, B, C, D, z, bias, True, backend="parallel")
 
 
 def _selective(scan: Callable, given: Sequence[Tensor], upstream: Tensor, exact: Tensor) -> Row:
     with torch.no_grad():
         y = scan(*given)
-    part = y[:1, : exact.shape[1], :32] if scan is not mamba_ssm_scan else (
-        y[:1, :32, : exact.shape[1]].mT)  # fmt: skip
+    y = y.mT if scan is mamba_ssm_scan else y
+    part = y[:1, : exact.shape[1], :32]
     error = relative(part, exact)
     if not error < 5e-3:
         raise ValueError(f"wrong, by {error:.1e}")
@@ -359,18 +355,24 @@ def decode() -> Iterator[Row]:
         least = 2 * h.nbytes + 4 * x.nbytes + A.nbytes
         shape = {"batch": batch, "floor_us": 1e6 * least / bandwidth}
 
-        def ours(h=h, given=(x, dt, A, B, C, D, z, bias)) -> Row:
-            took, how = milliseconds(lambda: kernel(h, *given, True))
-            return {"us": 1e3 * took, "how": how}
+        def repeated(step: Callable, h=h) -> Row:
+            """Time many steps in one graph, over states that do not fit into the cache together."""
+            count = max(4, min(64, (1 << 28) // h.nbytes))
+            states = [h.clone() for _ in range(count)]
+            took, how = milliseconds(lambda: [step(state) for state in states])
+            return {"us": 1e3 * took / count, "how": how}
 
-        def official(h=h, given=(x, dt, A, B, C, D, z, bias)) -> Row:
+        def ours(given=(x, dt, A, B, C, D, z, bias), repeated=repeated) -> Row:
+            return repeated(lambda state: kernel(state, *given, True))
+
+        def official(h=h, given=(x, dt, A, B, C, D, z, bias), repeated=repeated) -> Row:
             module = importlib.import_module("mamba_ssm.ops.triton.selective_state_update")
             y = module.selective_state_update(h.clone(), *given, dt_softplus=True)
             error = relative(kernel(h, *given, True)[0], y)
-            took, how = milliseconds(
-                lambda: module.selective_state_update(h, *given, dt_softplus=True)
-            )
-            return {"us": 1e3 * took, "how": how, "difference": error}
+            step = module.selective_state_update
+            return repeated(lambda state: step(state, *given, dt_softplus=True)) | {
+                "difference": error
+            }
 
         yield attempt({**shape, "name": "mamba_tutorial"}, ours)
         yield attempt({**shape, "name": "mamba_ssm, Triton"}, official)
@@ -402,7 +404,7 @@ def generation() -> Iterator[Row]:
         for name in ("Mamba", "GPTNeoX"):
             yield attempt(
                 {**shape, "name": f"transformers, {name}"},
-                lambda n=name, i=ids: _throughput(_peer(n), i, 32),
+                lambda n=name, i=ids: _throughput(partial(_peer(n), i), i, 32),
             )
 
 
@@ -432,9 +434,7 @@ def _peer(name: str) -> Callable:
     return _PEERS[name]
 
 
-def _throughput(generate: Callable, ids: Tensor, count: int) -> Row:
-    write = generate if len(inspect.signature(generate).parameters) == 1 else (
-        lambda n: generate(ids, n))  # fmt: skip
+def _throughput(write: Callable[[int], Tensor], ids: Tensor, count: int) -> Row:
     with torch.no_grad():
         write(4)
         torch.cuda.synchronize()

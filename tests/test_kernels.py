@@ -353,16 +353,16 @@ def test_a_model_on_a_gpu_is_the_model_on_a_cpu():
     torch.manual_seed(0)
     model = MambaLM(MambaConfig(d_model=64, n_layer=2, vocab_size=50))
     ids = torch.randint(50, (3, 40))
-    exact = model.double()(ids)
+    exact = model(ids)
     F.cross_entropy(exact.flatten(0, 1), ids.flatten()).backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    model = model.float().cuda()
+    model = model.cuda()
     logits = model(ids.cuda())
-    torch.testing.assert_close(logits.double().cpu(), exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits.cpu(), exact, rtol=1e-4, atol=1e-4)
     F.cross_entropy(logits.flatten(0, 1), ids.cuda().flatten()).backward()
     for name, p in model.named_parameters():
-        error = (p.grad.double().cpu() - gradients[name]).abs().max()
+        error = (p.grad.cpu() - gradients[name]).abs().max()
         assert error < 1e-4 * gradients[name].abs().max() + 1e-7, name
     # one token at a time, started kernel by kernel and as a graph
     with torch.no_grad():

@@ -3,14 +3,16 @@
 Nothing is computed here that costs time: a multiplication and an addition for three numbers that
 travel from or to memory. So the one aim is to keep memory busy.
 
-A program is one warp. It takes a channel for each thread (two, if they are half as wide) and goes
-along the length in tiles of 16 tokens, the next three of which are on their way through shared
-memory. The tile lies in registers: each thread goes through its own tokens and asks no other.
+A program takes a block of channels and goes along the length in tiles [TILE, BLOCK_C], the next of
+which are on their way through shared memory while one is scanned. `tl.associative_scan` scans a
+tile of steps (a, b): over the tokens that one thread holds, one after the other; over the lanes of
+a warp, by exchanging registers; over the warps, through shared memory. The states are then what the
+tile does to the state before it, and the last of them is carried to the next tile.
 
-With few channels there are few warps, and memory idles. Then the length is cut into chunks, and a
-first pass finds what each chunk is as one step h ↦ product · h + end. Every program joins the steps
-of the chunks before its own. That pass reads a and b once more: 5 numbers travel, not 3, so it can
-reach three fifths of the bandwidth.
+With few channels there are few programs, and memory idles. Then the length is cut into chunks, and
+a first pass finds what each chunk is as one step h ↦ product · h + end. Every program joins the
+steps of the chunks before its own. That pass reads a and b once more: 5 numbers travel, not 3, so
+three fifths of the bandwidth are the most that is to be had.
 
 The backward pass is the recurrence in reverse, with the decays shifted by one token:
 
@@ -24,7 +26,12 @@ from torch import Tensor
 
 from mamba_tutorial.kernels._launch import multiprocessors, on
 
-TILE = 16
+TILE = 64
+BLOCK_C = 32
+WARPS = 2
+STAGES = 3
+ENOUGH = 2  # rows of programs for each multiprocessor
+PROGRAMS = 4  # for each multiprocessor, where the length is cut
 
 
 class LinearScan(torch.autograd.Function):
@@ -73,35 +80,25 @@ def _run(a: Tensor, b: Tensor, h0: Tensor, h: Tensor | None, reverse: bool):
 
 
 def _config(b: Tensor) -> tuple[dict, int]:
-    """Return the constants of the kernels, and the tokens of a program.
-
-    A warp has 12 KB on their way; two warps for each multiprocessor keep memory busy.
-    """
+    """Return the constants of the kernels, and the tokens of a program."""
     batch, length, channels = b.shape
-    block, size = 128 // b.element_size(), multiprocessors(b)
-    rows = batch * triton.cdiv(channels, block)
-    parts = 1 if rows >= 2 * size else max(1, 8 * size // rows)
+    rows, size = batch * triton.cdiv(channels, BLOCK_C), multiprocessors(b)
+    parts = 1 if rows >= ENOUGH * size else max(1, PROGRAMS * size // rows)
     chunk = triton.cdiv(triton.cdiv(length, parts), TILE) * TILE
-    return {"TILE": TILE, "BLOCK_C": block, "num_warps": 1}, chunk
+    return {"TILE": TILE, "BLOCK_C": BLOCK_C, "num_warps": WARPS, "STAGES": STAGES}, chunk
 
 
 @triton.jit
-def _row(tile, k: tl.constexpr):
-    """Return tile[k]; a choice of register."""
-    bits = tile.to(tl.int32, bitcast=True)  # integers: the compiler knows that n + 0 is n
-    here = (tl.arange(0, tile.shape[0]) == k)[:, None]
-    return tl.sum(tl.where(here, bits, 0), axis=0, keep_dims=True).to(tl.float32, bitcast=True)
+def _join(a1, b1, a2, b2):
+    """(a₁, b₁) ⊕ (a₂, b₂), the earlier on the left."""
+    return a1 * a2, a2 * b1 + b2
 
 
 @triton.jit
-def _offsets(t, channels, c, ptr):
-    """Return t * channels + c, claiming an alignment of 4 bytes and no more.
-
-    With more, Triton would move 16 bytes for each thread, and put neighbouring tokens, not
-    neighbouring channels, on neighbouring threads, here and in the scan.
-    """
-    NUMBERS: tl.constexpr = 32 // ptr.dtype.element_ty.primitive_bitwidth
-    return tl.multiple_of(t * channels + c, [1, NUMBERS])
+def _last(tile):
+    """Return the last row of a tile."""
+    here = (tl.arange(0, tile.shape[0]) == tile.shape[0] - 1)[:, None]
+    return tl.sum(tl.where(here, tile, 0.0), axis=0, keep_dims=True)
 
 
 @triton.jit
@@ -116,7 +113,8 @@ def _place(length, chunk, channels, BLOCK_C: tl.constexpr):
 @triton.jit
 def _chunks(
     a_ptr, b_ptr, products_ptr, ends_ptr, length, chunk, channels,
-    TILE: tl.constexpr, BLOCK_C: tl.constexpr, REVERSE: tl.constexpr, SHIFTED: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+    REVERSE: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """Each chunk as one step h ↦ product · h + end."""
     batch, part, c = _place(length, chunk, channels, BLOCK_C)
@@ -127,17 +125,17 @@ def _chunks(
     row = batch * length + (length - 1 - first if REVERSE else first)
     a_ptr += (row - SIGN * SHIFTED) * channels
     b_ptr += row * channels
-    at_a, at_b = _offsets(SIGN * t, channels, c, a_ptr), _offsets(SIGN * t, channels, c, b_ptr)
+    at = SIGN * t * channels + c
     product = tl.full([1, BLOCK_C], 1.0, tl.float32)
     h = tl.zeros([1, BLOCK_C], tl.float32)
-    for start in tl.range(0, tokens, TILE, num_stages=4):
+    for start in tl.range(0, tokens, TILE, num_stages=STAGES):
         inside = (start + t < tokens) & real
         known = inside & ((start + t > 0) | (part > 0)) if SHIFTED else inside
-        a = tl.load(a_ptr + at_a, known, 1.0).to(tl.float32)
-        b = tl.load(b_ptr + at_b, inside, 0.0).to(tl.float32)
-        for k in tl.static_range(TILE):
-            h = _row(a, k) * h + _row(b, k)
-            product *= _row(a, k)
+        a = tl.load(a_ptr + at, known, 1.0).to(tl.float32)
+        b = tl.load(b_ptr + at, inside, 0.0).to(tl.float32)
+        a, b = tl.associative_scan((a, b), 0, _join)
+        h = _last(a) * h + _last(b)
+        product *= _last(a)
         a_ptr += SIGN * TILE * channels
         b_ptr += SIGN * TILE * channels
     slot = (batch * tl.cdiv(length, chunk) + part) * channels
@@ -148,7 +146,7 @@ def _chunks(
 @triton.jit
 def _scan(
     a_ptr, b_ptr, h0_ptr, products_ptr, ends_ptr, h_ptr, out_ptr, da_ptr, length, chunk, channels,
-    TILE: tl.constexpr, BLOCK_C: tl.constexpr, REVERSE: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """The states; or, given those of the scan in the other direction, the gradients of that scan.
 
@@ -161,7 +159,7 @@ def _scan(
     h0 = tl.load(h0_ptr + batch * channels + c, real, 0.0).to(tl.float32)
     h = tl.zeros([1, BLOCK_C], tl.float32) if GRADIENT else h0
     if products_ptr is not None:
-        for earlier in tl.range(0, part, num_stages=4):
+        for earlier in range(part):
             slot = (batch * tl.cdiv(length, chunk) + earlier) * channels + c
             h = tl.load(products_ptr + slot, real, 1.0) * h + tl.load(ends_ptr + slot, real, 0.0)
     first, tokens = part.to(tl.int64) * chunk, tl.minimum(length - part * chunk, chunk)
@@ -170,26 +168,25 @@ def _scan(
     a_ptr += (row - SIGN * GRADIENT) * channels
     b_ptr += row * channels
     out_ptr += row * channels
-    at_a, at_b = _offsets(SIGN * t, channels, c, a_ptr), _offsets(SIGN * t, channels, c, b_ptr)
+    at = SIGN * t * channels + c
     if GRADIENT:
         h_ptr += (row + SIGN) * channels
         da_ptr += row * channels
-    for start in tl.range(0, tokens, TILE, num_stages=4):
+    for start in tl.range(0, tokens, TILE, num_stages=STAGES):
         inside = (start + t < tokens) & real
         known = inside & ((start + t > 0) | (part > 0)) if GRADIENT else inside
-        a = tl.load(a_ptr + at_a, known, 1.0).to(tl.float32)
-        b = tl.load(b_ptr + at_b, inside, 0.0).to(tl.float32)
-        states = b
-        for k in tl.static_range(TILE):
-            h = _row(a, k) * h + _row(b, k)
-            states = tl.where(t == k, h, states)
-        tl.store(out_ptr + at_b, states.to(out_ptr.dtype.element_ty), inside)
+        a = tl.load(a_ptr + at, known, 1.0).to(tl.float32)
+        b = tl.load(b_ptr + at, inside, 0.0).to(tl.float32)
+        a, b = tl.associative_scan((a, b), 0, _join)
+        states = a * h + b
+        h = _last(states)
+        tl.store(out_ptr + at, states.to(out_ptr.dtype.element_ty), inside)
         if GRADIENT:
             # the state from which the token's own step started: the next in this order, or h0
             more = part * chunk + start + t < length - 1
-            given = tl.load(h_ptr + at_b, inside & more, 0.0)
+            given = tl.load(h_ptr + at, inside & more, 0.0)
             da = states * tl.where(more, given.to(tl.float32), h0)
-            tl.store(da_ptr + at_a, da.to(da_ptr.dtype.element_ty), inside)
+            tl.store(da_ptr + at, da.to(da_ptr.dtype.element_ty), inside)
             h_ptr += SIGN * TILE * channels
             da_ptr += SIGN * TILE * channels
         a_ptr += SIGN * TILE * channels
