@@ -3,10 +3,13 @@
     y_t = silu(bias + Σ_k weight_k x_{t − width + 1 + k})
 
 PyTorch's convolutions want the length last, so in a Mamba block they cost two transpositions and
-more memory traffic than the scan. Here a program takes a block [BLOCK_T, BLOCK_C] of tokens and
-channels and reads it `width` times, shifted; all but one of these reads find the numbers in the
-cache. The backward pass computes what goes into silu once more. The weights' gradients are summed
-over the tokens of a program and added up afterwards, so that two runs give the same bits.
+more time than the scan. Here a program takes a block [BLOCK_T, BLOCK_C] of tokens and channels and
+reads it `width` times, shifted; all but one of these reads find the numbers in the cache.
+
+The backward pass goes through memory twice. First the gradient of what enters silu is computed and
+written, and the sums that make up the weights' gradients, one part for each program; the parts are
+added up afterwards, so that two runs give the same bits. Then every token of x gathers from the
+`width` tokens that it went into.
 """
 
 import torch
@@ -17,9 +20,9 @@ from torch import Tensor
 from mamba_tutorial.kernels._gates import sigmoid
 from mamba_tutorial.kernels._launch import on
 
-BLOCK_T = 16
+BLOCK_T = 32
 BLOCK_C = 64
-TOKENS = 256  # of a program of the backward pass
+TOKENS = 256  # of a program that sums
 
 
 class CausalConv(torch.autograd.Function):
@@ -52,14 +55,18 @@ class CausalConv(torch.autograd.Function):
         batch, length, channels = x.shape
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
         parts, width = triton.cdiv(length, TOKENS), weight.shape[1]
-        dx = x.new_empty(x.shape)
+        blocks = triton.cdiv(channels, BLOCK_C)
+        upstream, dx = x.new_empty(x.shape), x.new_empty(x.shape)
         sums = x.new_empty(batch * parts, width + 1, channels, dtype=torch.float32)
+        config = {"WIDTH": width, "BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C, "num_warps": 4}
         with on(x):
-            _backward[(parts, triton.cdiv(channels, BLOCK_C), batch)](
-                x, before, weight, bias, dy, dx, sums, length, channels,
-                *x.stride()[:2], *dy.stride()[:2],
-                WIDTH=width, TOKENS=TOKENS, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=4,
+            _upstream[(parts, blocks, batch)](
+                x, before, weight, bias, dy, upstream, sums, length, channels,
+                *x.stride()[:2], *dy.stride()[:2], TOKENS=TOKENS, **config,
             )  # fmt: skip
+            _gather[(triton.cdiv(length, BLOCK_T), blocks, batch)](
+                upstream, weight, dx, length, channels, **config
+            )
         sums = sums.sum(0)
         dbias = None if bias is None else sums[width].to(bias.dtype)
         return dx, None, sums[:width].T.to(weight.dtype), dbias
@@ -71,24 +78,32 @@ def causal_conv(x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | None) 
 
 
 @triton.jit
-def _token(x_ptr, before_ptr, row, c, inside, channels, x_row, WIDTH: tl.constexpr):
-    """X at a row; rows below 0 are the tokens before the first."""
-    x = tl.load(x_ptr + row.to(tl.int64) * x_row + c, inside & (row >= 0), 0.0).to(tl.float32)
-    early = inside & (row < 0)
-    return x + tl.load(before_ptr + (row + WIDTH - 1) * channels + c, early, 0.0).to(tl.float32)
+def _token(x_ptr, before_ptr, first, t, c, inside, channels, x_row, WIDTH: tl.constexpr):
+    """X at the rows first + t; rows below 0 are the tokens before the first."""
+    row = first + t
+    at = first.to(tl.int64) * x_row + t * x_row + c
+    x = tl.load(x_ptr + at, inside & (row >= 0), 0.0).to(tl.float32)
+    if first < 0:
+        kept = tl.load(before_ptr + (row + WIDTH - 1) * channels + c, inside & (row < 0), 0.0)
+        x += kept.to(tl.float32)
+    return x
 
 
 @triton.jit
 def _sum(
-    x_ptr, before_ptr, weight_ptr, bias_ptr, row, c, inside, real, channels, x_row,
+    x_ptr, before_ptr, weight_ptr, bias_ptr, first, t, c, inside, real, channels, x_row,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """What goes into silu at a row."""
-    total = tl.load(bias_ptr + c, real, 0.0).to(tl.float32) if bias_ptr is not None else 0.0
+    """What goes into silu at the rows first + t."""
+    total = tl.zeros(inside.shape, tl.float32)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + c, real, 0.0).to(tl.float32)
     for k in tl.static_range(WIDTH):
         weight = tl.load(weight_ptr + c * WIDTH + k, real, 0.0).to(tl.float32)
-        earlier = row - (WIDTH - 1 - k)
-        total += weight * _token(x_ptr, before_ptr, earlier, c, inside, channels, x_row, WIDTH)
+        earlier = first - (WIDTH - 1 - k)
+        total += weight * _token(
+            x_ptr, before_ptr, earlier, t, c, inside, channels, x_row, WIDTH
+        )  # fmt: skip
     return total
 
 
@@ -98,60 +113,72 @@ def _forward(
     WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    first, t = tl.program_id(0) * BLOCK_T, tl.arange(0, BLOCK_T)[:, None]
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     real = c < channels
-    inside = (row < length) & real
+    inside = (first + t < length) & real
     x_ptr += batch * x_batch
     before_ptr += batch * (WIDTH - 1) * channels
     total = _sum(
-        x_ptr, before_ptr, weight_ptr, bias_ptr, row, c, inside, real, channels, x_row, WIDTH
+        x_ptr, before_ptr, weight_ptr, bias_ptr, first, t, c, inside, real, channels, x_row, WIDTH
     )
     y = total * sigmoid(total)
-    at = (batch * length + row) * channels + c
+    at = (batch * length + first) * channels + t * channels + c
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
-def _backward(
-    x_ptr, before_ptr, weight_ptr, bias_ptr, dy_ptr, dx_ptr, sums_ptr, length, channels,
+def _upstream(
+    x_ptr, before_ptr, weight_ptr, bias_ptr, dy_ptr, upstream_ptr, sums_ptr, length, channels,
     x_batch, x_row, dy_batch, dy_row,
-    WIDTH: tl.constexpr, TOKENS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    TOKENS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """The gradient of what enters silu, and its sums with x, for the weights, and alone."""
     batch = tl.program_id(2).to(tl.int64)
-    t, c = tl.arange(0, BLOCK_T)[:, None], tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    k, c = tl.arange(0, 8)[:, None], c[None, :]
+    t, k = tl.arange(0, BLOCK_T)[:, None], tl.arange(0, 8)[:, None]
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     real = c < channels
     x_ptr += batch * x_batch
     dy_ptr += batch * dy_batch
     before_ptr += batch * (WIDTH - 1) * channels
-    sums = tl.zeros([8, BLOCK_C], tl.float32)  # of the weights, then of the bias
-    first = tl.program_id(0) * TOKENS
-    for start in range(first, tl.minimum(first + TOKENS, length), BLOCK_T):
-        row = start + t
-        dx = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-        for shift in tl.static_range(WIDTH):
-            # y at this row takes x at `row` with weight WIDTH − 1 − shift
-            later = row + shift
-            inside = (later < length) & real
-            total = _sum(
-                x_ptr, before_ptr, weight_ptr, bias_ptr, later, c, inside, real, channels, x_row,
-                WIDTH,
-            )  # fmt: skip
-            s = sigmoid(total)
-            dy = tl.load(dy_ptr + later.to(tl.int64) * dy_row + c, inside, 0.0).to(tl.float32)
-            upstream = dy * s * (1 + total * (1 - s))
-            weight = tl.load(weight_ptr + c * WIDTH + WIDTH - 1 - shift, real, 0.0)
-            dx += weight.to(tl.float32) * upstream
-            if shift == 0:
-                here = tl.where(k == WIDTH, tl.sum(upstream, axis=0, keep_dims=True), 0.0)
-                for j in tl.static_range(WIDTH):
-                    earlier = row - (WIDTH - 1 - j)
-                    x = _token(x_ptr, before_ptr, earlier, c, inside, channels, x_row, WIDTH)
-                    here += tl.where(k == j, tl.sum(upstream * x, axis=0, keep_dims=True), 0.0)
-                sums += here
-        inside = (row < length) & real
-        at = (batch * length + row) * channels + c
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), inside)
+    sums = tl.zeros([8, BLOCK_C], tl.float32)
+    for step in range(TOKENS // BLOCK_T):
+        first = tl.program_id(0) * TOKENS + step * BLOCK_T
+        inside = (first + t < length) & real
+        total = _sum(
+            x_ptr, before_ptr, weight_ptr, bias_ptr, first, t, c, inside, real, channels, x_row,
+            WIDTH,
+        )  # fmt: skip
+        s = sigmoid(total)
+        at = first.to(tl.int64) * dy_row + t * dy_row + c
+        dy = tl.load(dy_ptr + at, inside, 0.0).to(tl.float32)
+        upstream = dy * s * (1 + total * (1 - s))
+        at = (batch * length + first) * channels + t * channels + c
+        tl.store(upstream_ptr + at, upstream.to(upstream_ptr.dtype.element_ty), inside)
+        sums += tl.where(k == WIDTH, tl.sum(upstream, axis=0, keep_dims=True), 0.0)
+        for j in tl.static_range(WIDTH):
+            earlier = first - (WIDTH - 1 - j)
+            x = _token(x_ptr, before_ptr, earlier, t, c, inside, channels, x_row, WIDTH)
+            sums += tl.where(k == j, tl.sum(upstream * x, axis=0, keep_dims=True), 0.0)
     part = batch * tl.num_programs(0) + tl.program_id(0)
     tl.store(sums_ptr + (part * (WIDTH + 1) + k) * channels + c, sums, (k <= WIDTH) & real)
+
+
+@triton.jit
+def _gather(
+    upstream_ptr, weight_ptr, dx_ptr, length, channels,
+    WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The gradient of x: the token went into itself and the WIDTH − 1 tokens after it."""
+    batch = tl.program_id(2).to(tl.int64)
+    first, t = tl.program_id(0) * BLOCK_T, tl.arange(0, BLOCK_T)[:, None]
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    real = c < channels
+    at = (batch * length + first) * channels + t * channels + c
+    dx = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    for shift in tl.static_range(WIDTH):
+        weight = tl.load(weight_ptr + c * WIDTH + WIDTH - 1 - shift, real, 0.0).to(tl.float32)
+        inside = (first + t + shift < length) & real
+        later = tl.load(upstream_ptr + at + shift * channels, inside, 0.0).to(tl.float32)
+        dx += weight * later
+    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), (first + t < length) & real)
