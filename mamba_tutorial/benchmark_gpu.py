@@ -1,4 +1,4 @@
-"""Measure the kernels on a GPU side by side with others: `make bench-gpu`.
+"""Measure the kernels on a GPU side by side with others: `make bench`.
 
 Each section measures one thing at several sizes, with every library that is installed, one after
 the other on the same inputs, and writes `gpu_<section>.json` with hardware, versions and command.

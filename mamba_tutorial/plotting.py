@@ -560,6 +560,115 @@ def mamba_block() -> Figure:
     return figure
 
 
+def bars(
+    groups: Mapping[str, Mapping[str, float]],
+    *,
+    xlabel: str,
+    mark: float | None = None,
+    unit: str = "",
+    height: float | None = None,
+) -> Figure:
+    """Draw labelled bars, lying, in groups; a value that is NaN leaves its place empty.
+
+    Args:
+        groups: for each group its name and its bars, {name: {label: value}}; equal labels share a
+            colour.
+        xlabel: label of the axis.
+        mark: where to draw a dashed line.
+        unit: written behind each value.
+        height: height of the picture in inches; by default what the bars need.
+    """
+    labels = list(dict.fromkeys(label for group in groups.values() for label in group))
+    colors = dict(zip(labels, [BLUE, ORANGE, TEAL, PLUM, GREY] * 3, strict=False))
+    places, ticks, y = [], {}, 0.0
+    for name, group in groups.items():
+        ticks[name] = y + (len(group) - 1) / 2
+        places += [(y + i, label, value) for i, (label, value) in enumerate(group.items())]
+        y += len(group) + 0.7
+    figure, (ax,) = _subplots(height or 0.21 * y + 0.9)
+    for label in labels:
+        mine = [(at, value) for at, other, value in places if other == label]
+        at, values = zip(*mine, strict=True)
+        drawn = ax.barh(at, values, height=0.86, color=colors[label], label=label)
+        texts = ["" if np.isnan(value) else f"{value:.3g}{unit}" for value in values]
+        ax.bar_label(drawn, texts, padding=3, fontsize=8.5)
+    if mark is not None:
+        ax.axvline(mark, color=INK, linestyle="--", linewidth=1)
+    ax.set(xlabel=xlabel, yticks=list(ticks.values()), yticklabels=list(ticks))
+    ax.invert_yaxis()
+    ax.tick_params(axis="y", length=0)
+    ax.margins(x=0.1)
+    if len(labels) > 1:
+        ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(labels))
+    return figure
+
+
+def register_tile() -> Figure:
+    """Draw how a tile of the fused scan lies in a warp: 32 threads, each with its registers."""
+    figure, (ax,) = _subplots(3.3)
+    tokens, states = 8, 16
+    for lane in range(12):
+        color = ORANGE if lane == 2 else PALE
+        ax.add_patch(
+            Rectangle((lane * 0.42, 0), 0.36, 3.2, facecolor=color, edgecolor=GREY, lw=0.8)
+        )
+    ax.text(12 * 0.42 + 0.15, 1.6, "… 32", va="center")
+    ax.text(2.4, 3.5, "a warp: one channel for each thread", ha="center")
+    ax.text(1.02, -0.32, "this one", ha="center", color=ORANGE)
+    left, width, height = 7.0, 0.19, 0.4
+    for t in range(tokens):
+        for n in range(states):
+            corner = (left + n * width, 3.2 - (t + 1) * height)
+            ax.add_patch(
+                Rectangle(corner, width, height, facecolor="white", edgecolor=GREY, lw=0.6)
+            )
+    ax.add_patch(
+        Rectangle((left, 3.2 - height), states * width, height, facecolor=ORANGE, alpha=0.35)
+    )
+    ax.text(left + states * width / 2, 3.5, "its registers: 16 states", ha="center")
+    ax.text(left - 0.15, 1.6, "8 tokens", ha="right", va="center", rotation=90)
+    _arrow(ax, (left + states * width + 0.25, 3.1), (left + states * width + 0.25, 0.1))
+    ax.text(left + states * width + 0.4, 1.6, "the scan", va="center", rotation=-90)
+    ax.set(xlim=(-0.2, 11.2), ylim=(-0.6, 3.9))
+    ax.axis("off")
+    return figure
+
+
+def scan_levels() -> Figure:
+    """Draw a scan of 16 numbers by four threads: own runs, totals over lanes, corrections."""
+    figure, (ax,) = _subplots(3.6)
+    rows = {
+        "each thread its own run": 3.0,
+        "the totals over the lanes": 1.7,
+        "what came before": 0.4,
+    }
+    for label, y in rows.items():
+        ax.text(-0.3, y + 0.25, label, ha="right", va="center")
+        for i in range(16):
+            x = i * 0.5 + (i // 4) * 0.4
+            end = i % 4 == 3
+            color = PALE if y > 2.5 else ("white" if y > 1 and not end else "#dbe7f4")
+            if y < 1:
+                color = "#bcd3ea"
+            ax.add_patch(Rectangle((x, y), 0.44, 0.5, facecolor=color, edgecolor=GREY, lw=0.8))
+            if y > 2.5 and not end:
+                _arrow(ax, (x + 0.22, y + 0.62), (x + 0.72, y + 0.62))
+            if y < 1 and i >= 4 and not end:
+                last = (i // 4) * 2.4 - 0.4 - 0.24
+                ax.plot([last, x + 0.22], [1.7, 0.9], color=ORANGE, lw=0.9, ls="-")
+    for level, distance in enumerate((1, 2)):
+        for thread in range(distance, 4):
+            start, stop = (j * 2.4 + 1.72 for j in (thread - distance, thread))
+            bow = f"arc3,rad={-0.22 - 0.08 * level}"
+            ax.add_patch(
+                FancyArrowPatch((start, 2.2), (stop, 2.2), connectionstyle=bow, color=BLUE,
+                                arrowstyle="-|>", mutation_scale=10, lw=1.2)
+            )  # fmt: skip
+    ax.set(xlim=(-3.6, 9.5), ylim=(0.1, 4.0))
+    ax.axis("off")
+    return figure
+
+
 def _short(values: ArrayLike) -> list[float | None]:
     """Round to what a screen can show, to keep the page small; NaN becomes None."""
     return [None if np.isnan(v) else round(float(v), 3) for v in np.asarray(values)]

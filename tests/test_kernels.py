@@ -399,7 +399,7 @@ def test_offsets_beyond_32_bits():
 
 
 COMPILE = """
-import os, subprocess, sys, tempfile
+import os, re, subprocess, sys, tempfile
 os.environ["TRITON_INTERPRET"] = "0"
 import torch
 torch.cuda.is_available = lambda: True  # to compile for a GPU, none is needed
@@ -420,13 +420,14 @@ kernels = {
     "plain": (plain._backward, common | {"BLOCK_D": plain.BACKWARD_D}),
     "gluon": (gluon.backward, layout),
 }
-ptxas = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/ptxas")
+tools = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin")
 chip = int(sys.argv[1])
 without = {"D_ptr", "z_ptr", "bias_ptr", "h0_ptr", "ends_ptr", "spans_ptr", "starts_ptr"}
-for name, (kernel, constants) in kernels.items():
-    if name == "bare":
-        constants |= {name: None for name in kernel.arg_names if name in without}
-    warps = constants.pop("num_warps")
+
+
+def build(kernel, constants):
+    warps = constants["num_warps"]
+    constants = {name: value for name, value in constants.items() if name != "num_warps"}
     signature = {
         name: "constexpr" if name in constants
         else "*bf16" if name in half
@@ -443,14 +444,37 @@ for name, (kernel, constants) in kernels.items():
     make = GluonASTSource if kernel.is_gluon() else ASTSource
     source = make(kernel, signature=signature, constexprs=values, attrs=aligned)
     target = GPUTarget("cuda", chip, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps})
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(compiled.asm["ptx"])
+    return triton.compile(source, target=target, options={"num_warps": warps}).asm
+
+
+def tool(content, *command):
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
         file.flush()
-        arch = f"-arch=sm_{chip}" + "a" * (chip == 90)
-        command = [ptxas, "-v", arch, file.name, "-o", os.devnull]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    print("kernel", name, said)
+        command = [os.path.join(tools, command[0]), *command[1:], file.name]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return result.stdout + result.stderr
+
+
+for name, (kernel, constants) in kernels.items():
+    if name == "bare":
+        constants |= {name: None for name in kernel.arg_names if name in without}
+    ptx = build(kernel, constants)["ptx"].encode()
+    arch = f"-arch=sm_{chip}" + "a" * (chip == 90)
+    print("kernel", name, tool(ptx, "ptxas", "-v", arch, "-o", os.devnull))
+
+# how many instructions the largest loop has: from a label to the jump back to it
+kernel, constants = kernels["forward"]
+code = build(kernel, constants | {"starts_ptr": None})["cubin"]
+place, labels, longest = 0, {}, 0
+for line in tool(code, "nvdisasm", "-c").splitlines():
+    if label := re.match(r"\\s*(\\.L_x_\\d+):", line):
+        labels[label[1]] = place
+    elif line.lstrip().startswith("/*"):
+        place += 1
+        if (jump := re.search(r"BRA.*`\\((\\.L_x_\\d+)\\)", line)) and jump[1] in labels:
+            longest = max(longest, place - labels[jump[1]])
+print("instructions per token:", longest / constants["TILE"])
 """
 
 SPILLS = {"forward": 8, "bare": 0, "ends": 0, "plain": 1024, "gluon": 256}  # bytes at most
@@ -468,3 +492,22 @@ def test_triton_compiles_for_two_generations_of_gpus_and_hardly_spills(chip):
     assert [name for name, _ in found] == list(SPILLS)
     for name, spilled in found:
         assert int(spilled) <= SPILLS[name], name
+    assert "Used 255 registers" in result.stdout  # the backward pass in Gluon
+    count = float(re.search(r"instructions per token: (\S+)", result.stdout)[1])
+    assert 5 * 16 < count < 140
+
+
+# the first kernels of the last chapter
+
+
+@needs_triton
+@pytest.mark.parametrize("length", [1, 64, 150])
+def test_lessons_are_the_recurrence(length):
+    lessons = importlib.import_module("mamba_tutorial.kernels.lessons")
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(3, length, generator=generator).to(DEVICE) for _ in range(2))
+    exact = linear_scan(a, b, method="sequential")
+    torch.testing.assert_close(lessons.scan_row(a, b), exact)
+    torch.testing.assert_close(lessons.step(a, b, b), a * b + b)
+    if length & (length - 1) == 0:
+        torch.testing.assert_close(lessons.scan_block(a, b), exact)

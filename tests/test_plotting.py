@@ -37,6 +37,11 @@ PICTURES = {
         [("abc", np.eye(3)), ("defg", np.ones((2, 4)))], label="Δ", span=(0.1, 1.0)
     ),
     "mamba_block": plotting.mamba_block,
+    "bars": lambda: plotting.bars(
+        {"one": {"a": 1.0, "b": 2.0}, "two": {"a": float("nan")}}, xlabel="x", mark=1.5, unit=" s"
+    ),
+    "register_tile": plotting.register_tile,
+    "scan_levels": plotting.scan_levels,
     "descent": lambda: plotting.descent(T + 0.1, T + 0.1, {"a": (T + 0.1, T + 0.1)}, true=0.5),
 }
 

@@ -15,9 +15,9 @@ two to the registers of each thread. So
   Triton's pipeline has put them while the tiles before were computed;
 - nothing waits for another warp.
 
-What is left is what the arithmetic needs: of about 120 instructions per token and warp, 80 are the
+What is left is what the arithmetic needs: of about 130 instructions per token and warp, 80 are the
 five that each of the 16 states takes, and 16 of those are exponentials, for which the chip has the
-fewest units. The kernel runs at some 80 % of what these allow.
+fewest units.
 
 **Few sequences** give few warps. Then the length is cut into chunks. `_ends` finds what each chunk
 alone adds to the state, and how long it is in units of Δ; the decay over a chunk is exp(A ΣΔ),

@@ -1,0 +1,72 @@
+"""The first kernels of chapter 10: one step, one block, one row. Not fast; nobody else calls them.
+
+Each function checks nothing and takes contiguous float32 tensors on one device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mamba_tutorial.kernels._launch import on
+
+
+def step(a: Tensor, h: Tensor, b: Tensor, block: int = 128) -> Tensor:
+    """Return a h + b, elementwise."""
+    out = torch.empty_like(h)
+    with on(h):
+        _step[(triton.cdiv(h.numel(), block),)](a, h, b, out, h.numel(), BLOCK=block)
+    return out
+
+
+def scan_block(a: Tensor, b: Tensor) -> Tensor:
+    """Return all states of h_t = a_t h_{t−1} + b_t for rows of 2ᵏ tokens."""
+    out = torch.empty_like(b)
+    with on(b):
+        _scan_block[(len(b),)](a, b, out, LENGTH=b.shape[1])
+    return out
+
+
+def scan_row(a: Tensor, b: Tensor, block: int = 64) -> Tensor:
+    """Return the same for rows of any length: block after block, with the state carried on."""
+    out = torch.empty_like(b)
+    with on(b):
+        _scan_row[(len(b),)](a, b, out, b.shape[1], BLOCK=block)
+    return out
+
+
+@triton.jit
+def _step(a_ptr, h_ptr, b_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # the places of this program
+    inside = i < size
+    a = tl.load(a_ptr + i, inside)
+    h = tl.load(h_ptr + i, inside)
+    b = tl.load(b_ptr + i, inside)
+    tl.store(out_ptr + i, a * h + b, inside)
+
+
+@triton.jit
+def _join(a1, b1, a2, b2):
+    return a1 * a2, a2 * b1 + b2
+
+
+@triton.jit
+def _scan_block(a_ptr, b_ptr, out_ptr, LENGTH: tl.constexpr):
+    i = tl.program_id(0) * LENGTH + tl.arange(0, LENGTH)
+    _, h = tl.associative_scan((tl.load(a_ptr + i), tl.load(b_ptr + i)), 0, _join)
+    tl.store(out_ptr + i, h)
+
+
+@triton.jit
+def _scan_row(a_ptr, b_ptr, out_ptr, length, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * length
+    i = tl.arange(0, BLOCK)
+    carry = 0.0
+    for start in range(0, length, BLOCK):
+        inside = start + i < length
+        a = tl.load(a_ptr + row + start + i, inside, 1.0)  # beyond the end: do nothing, (1, 0)
+        b = tl.load(b_ptr + row + start + i, inside, 0.0)
+        product, h = tl.associative_scan((a, b), 0, _join)
+        h += product * carry
+        tl.store(out_ptr + row + start + i, h, inside)
+        carry = tl.sum(tl.where(i == BLOCK - 1, h, 0.0))

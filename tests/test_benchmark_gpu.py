@@ -1,0 +1,66 @@
+"""The program that measures on a GPU: what of it runs without one, and what it recorded."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from mamba_tutorial import benchmark_gpu
+
+RESULTS = Path(__file__).parents[1] / "book" / "results"
+
+
+def test_a_failure_is_recorded_with_its_reason_and_a_missing_library_by_its_name():
+    def fails():
+        raise ValueError("wrong, by 1.0e+00\nand more")
+
+    def lacks():
+        importlib.import_module("no_such_library")
+
+    assert benchmark_gpu.attempt({"name": "a"}, lambda: {"ms": 1.0}) == {"name": "a", "ms": 1.0}
+    row = benchmark_gpu.attempt({"name": "a"}, fails)
+    assert row == {"name": "a", "passed_over": "ValueError: wrong, by 1.0e+00"}
+    row = benchmark_gpu.attempt({"name": "a"}, lacks)
+    assert row == {"name": "a", "passed_over": "no_such_library is not installed"}
+
+
+def test_the_candidates_compute_the_same():
+    generator = torch.Generator().manual_seed(0)
+    x, dt, z = torch.randn(3, 2, 20, 3, generator=generator).unbind(0)
+    B, C = torch.randn(2, 2, 20, 16, generator=generator).unbind(0)
+    A = -torch.arange(1.0, 17).repeat(3, 1)
+    D, bias = torch.randn(2, 3, generator=generator).unbind(0)
+    given = [x, dt, A, B, C, D, z, bias]
+    exact = benchmark_gpu._exact(given)
+    assert benchmark_gpu.relative(benchmark_gpu.unfused_scan(*given)[:1], exact) < 1e-5
+    if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+        assert benchmark_gpu.relative(benchmark_gpu.ours_scan(*given)[:1], exact) < 1e-5
+
+
+def test_a_wrong_candidate_is_not_timed():
+    a, b = torch.rand(2, 1, 10, 4).unbind(0)
+    exact = benchmark_gpu.ours_recurrence(a, b)
+    with pytest.raises(ValueError, match="wrong, by"):
+        benchmark_gpu._recurrence(lambda a, b: b, (a, b, b), 1, exact, slice(0, 4))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure for minutes")
+def test_without_a_gpu_it_says_so(capsys):
+    with pytest.raises(SystemExit):
+        benchmark_gpu.main([])
+    assert "PyTorch sees no GPU here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("section", benchmark_gpu.SECTIONS)
+def test_every_section_has_a_record_with_hardware_versions_and_command(section):
+    record = json.loads((RESULTS / f"gpu_{section}.json").read_text("utf-8"))
+    assert record["command"] == f"{benchmark_gpu.COMMAND} --only {section}"
+    assert {"gpu", "torch", "triton", "nvidia_smi"} <= set(record["environment"])
+    assert record["results"]
+    for row in record["results"]:
+        if str(row.get("name")).startswith("mamba_tutorial"):
+            assert "passed_over" not in row
+            assert all(math.isfinite(v) for v in row.values() if isinstance(v, float))
