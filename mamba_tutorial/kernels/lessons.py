@@ -64,7 +64,8 @@ def _scan_row(a_ptr, b_ptr, out_ptr, length, BLOCK: tl.constexpr):
     carry = 0.0
     for start in range(0, length, BLOCK):
         inside = start + i < length
-        a = tl.load(a_ptr + row + start + i, inside, 1.0)  # beyond the end: do nothing, (1, 0)
+        # beyond the end: (1, 0), which does nothing
+        a = tl.load(a_ptr + row + start + i, inside, 1.0)
         b = tl.load(b_ptr + row + start + i, inside, 0.0)
         product, h = tl.associative_scan((a, b), 0, _join)
         h += product * carry
