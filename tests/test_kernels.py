@@ -262,12 +262,50 @@ def test_scan_kernel_is_the_recurrence_with_all_its_gradients(shape, reverse):
 
 
 @needs_triton
-def test_scan_kernel_joins_chunks(monkeypatch):
-    """As on a GPU with many processors and few channels."""
+@pytest.mark.parametrize("levels", [1, 2, 3])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_scan_kernel_looks_back(levels, reverse, monkeypatch):
+    """As on a GPU with many processors and few channels; 19 tiles, two of which make a group."""
     kernel = importlib.import_module("mamba_tutorial.kernels.scan")
     monkeypatch.setattr(kernel, "multiprocessors", lambda tensor: 1000)
-    test_scan_kernel_is_the_recurrence_with_all_its_gradients((2, 75, 3), False)
-    test_scan_kernel_is_the_recurrence_with_all_its_gradients((2, 75, 3), True)
+    monkeypatch.setattr(kernel, "FULL", (4, 32))
+    monkeypatch.setattr(kernel, "GROUP", 2)
+    monkeypatch.setattr(kernel, "LEVELS", levels)
+    test_scan_kernel_is_the_recurrence_with_all_its_gradients((2, 75, 3), reverse)
+
+
+@needs_triton
+def test_scan_kernel_passes_nan_on(monkeypatch):
+    """Also one with the bits of a word that nobody has written."""
+    kernel = importlib.import_module("mamba_tutorial.kernels.scan")
+    monkeypatch.setattr(kernel, "multiprocessors", lambda tensor: 1000)
+    monkeypatch.setattr(kernel, "FULL", (1, 32))
+    a = torch.full((1, 5, 1), 0.5, device=DEVICE)
+    a[0, 2] = torch.tensor(-1, dtype=torch.int32, device=DEVICE).view(torch.float32)
+    h = linear_scan(a, a, method="triton")
+    assert h.isnan().flatten().tolist() == [False, False, True, True, True]
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter would take minutes")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(8, 300, 1000), (1, 70000, 40), (2, 5000, 64)])
+def test_scan_kernel_at_length(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    a, b, upstream = (torch.rand(shape, generator=generator).to(DEVICE, dtype) for _ in range(3))
+    found = []
+    for method, precision in (("triton", dtype), ("chunked", torch.float64)):
+        leaves = [tensor.to(precision, copy=True).requires_grad_() for tensor in (a, b)]
+        h = linear_scan(*leaves, method=method)
+        gradients = torch.autograd.grad(h, leaves, upstream.to(precision))
+        again = torch.autograd.grad(
+            linear_scan(*leaves, method=method), leaves, upstream.to(precision)
+        )
+        assert all(torch.equal(one, two) for one, two in zip(gradients, again, strict=True))
+        found.append([h, *gradients])
+    for value, exact in zip(*found, strict=True):
+        off = (value.double() - exact).abs().max() / exact.abs().max()
+        assert off < (2e-6 if dtype == torch.float32 else 3 * torch.finfo(dtype).eps)
 
 
 @needs_triton
@@ -408,18 +446,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
+from mamba_tutorial.kernels import scan
 from mamba_tutorial.kernels import selective_scan as plain
 from mamba_tutorial.kernels import selective_scan_backward as gluon
 
 half = {"u_ptr", "x_ptr", "dt_ptr", "z_ptr", "y_ptr", "dy_ptr", "dx_ptr", "ddt_ptr", "dz_ptr"}
-common = plain._config(16, dt_softplus=True) | {"EXACT": False}
+common = plain._config(16, dt_softplus=True, exact=False)
 layout = {"SOFTPLUS": True, "TILE": 4, "SECTION": 64, "STAGES": 3, "num_warps": gluon.WARPS}
+cut = {"CHANNELS": 2048, "GROUP": scan.GROUP, "LEVELS": scan.LEVELS, "REVERSE": True}
+cut |= {"TILE": scan.FULL[0], "BLOCK_C": scan.FULL[1], "num_warps": 1}
 kernels = {
     "forward": (plain._forward, common | {"EVERY": 64}),
     "bare": (plain._forward, common | {"EVERY": 64}),
-    "ends": (plain._ends, common | {"REVERSE": True}),
+    "ends": (plain._ends, common | {"REVERSE": True, "WHOLE": False}),
     "plain": (plain._backward, common | {"BLOCK_D": plain.BACKWARD_D}),
     "gluon": (gluon.backward, layout),
+    "tile": (scan._scan_tile, cut | {"h_ptr": None, "da_ptr": None}),
 }
 tools = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin")
 chip = int(sys.argv[1])
@@ -432,6 +474,7 @@ def build(kernel, constants):
     signature = {
         name: "constexpr" if name in constants
         else "*bf16" if name in half
+        else "*i64" if name == "words_ptr"
         else "*fp32" if name.endswith("_ptr")
         else "i32"
         for name in kernel.arg_names
@@ -478,7 +521,7 @@ for line in tool(code, "nvdisasm", "-c").splitlines():
 print("instructions per token:", longest / constants["TILE"])
 """
 
-SPILLS = {"forward": 8, "bare": 0, "ends": 0, "plain": 1024, "gluon": 256}  # bytes at most
+SPILLS = {"forward": 8, "bare": 0, "ends": 8, "plain": 1024, "gluon": 256, "tile": 256}  # bytes
 
 
 @needs_triton

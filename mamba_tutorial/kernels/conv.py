@@ -20,9 +20,10 @@ from torch import Tensor
 from mamba_tutorial.kernels._gates import sigmoid
 from mamba_tutorial.kernels._launch import on
 
-BLOCK_T = 32
-BLOCK_C = 64
-TOKENS = 256  # of a program that sums
+BLOCK_T, BLOCK_C = 32, 64
+# Of a program that sums: one warp, whose threads hold all tokens of eight channels each, so that
+# nothing has to be exchanged.
+SUM_T, SUM_C, TOKENS = 4, 256, 128
 
 
 class CausalConv(torch.autograd.Function):
@@ -41,7 +42,7 @@ class CausalConv(torch.autograd.Function):
         y = x.new_empty(x.shape)
         grid = triton.cdiv(length, BLOCK_T), triton.cdiv(channels, BLOCK_C), batch
         with on(x):
-            _forward[grid](
+            _convolve[grid](
                 x, before, weight, bias, y, length, channels, *x.stride()[:2],
                 WIDTH=weight.shape[1], BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=4,
             )  # fmt: skip
@@ -55,18 +56,18 @@ class CausalConv(torch.autograd.Function):
         batch, length, channels = x.shape
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
         parts, width = triton.cdiv(length, TOKENS), weight.shape[1]
-        blocks = triton.cdiv(channels, BLOCK_C)
         upstream, dx = x.new_empty(x.shape), x.new_empty(x.shape)
         sums = x.new_empty(batch * parts, width + 1, channels, dtype=torch.float32)
-        config = {"WIDTH": width, "BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C, "num_warps": 4}
         with on(x):
-            _upstream[(parts, blocks, batch)](
+            _upstream[(parts, triton.cdiv(channels, SUM_C), batch)](
                 x, before, weight, bias, dy, upstream, sums, length, channels,
-                *x.stride()[:2], *dy.stride()[:2], TOKENS=TOKENS, **config,
+                *x.stride()[:2], *dy.stride()[:2],
+                TOKENS=TOKENS, WIDTH=width, BLOCK_T=SUM_T, BLOCK_C=SUM_C, num_warps=1,
             )  # fmt: skip
-            _gather[(triton.cdiv(length, BLOCK_T), blocks, batch)](
-                upstream, weight, dx, length, channels, **config
-            )
+            _gather[(triton.cdiv(length, BLOCK_T), triton.cdiv(channels, BLOCK_C), batch)](
+                upstream, weight, dx, length, channels,
+                WIDTH=width, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=4,
+            )  # fmt: skip
         sums = sums.sum(0)
         dbias = None if bias is None else sums[width].to(bias.dtype)
         return dx, None, sums[:width].T.to(weight.dtype), dbias
@@ -94,21 +95,22 @@ def _sum(
     x_ptr, before_ptr, weight_ptr, bias_ptr, first, t, c, inside, real, channels, x_row,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """What goes into silu at the rows first + t."""
+    """What goes into silu at the rows first + t, and the WIDTH tokens of x that it is made of."""
     total = tl.zeros(inside.shape, tl.float32)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + c, real, 0.0).to(tl.float32)
+    tokens = ()
     for k in tl.static_range(WIDTH):
         weight = tl.load(weight_ptr + c * WIDTH + k, real, 0.0).to(tl.float32)
         earlier = first - (WIDTH - 1 - k)
-        total += weight * _token(
-            x_ptr, before_ptr, earlier, t, c, inside, channels, x_row, WIDTH
-        )  # fmt: skip
-    return total
+        x = _token(x_ptr, before_ptr, earlier, t, c, inside, channels, x_row, WIDTH)
+        total += weight * x
+        tokens = tokens + (x,)
+    return total, tokens
 
 
 @triton.jit
-def _forward(
+def _convolve(
     x_ptr, before_ptr, weight_ptr, bias_ptr, y_ptr, length, channels, x_batch, x_row,
     WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +121,7 @@ def _forward(
     inside = (first + t < length) & real
     x_ptr += batch * x_batch
     before_ptr += batch * (WIDTH - 1) * channels
-    total = _sum(
+    total, _ = _sum(
         x_ptr, before_ptr, weight_ptr, bias_ptr, first, t, c, inside, real, channels, x_row, WIDTH
     )
     y = total * sigmoid(total)
@@ -145,7 +147,7 @@ def _upstream(
     for step in range(TOKENS // BLOCK_T):
         first = tl.program_id(0) * TOKENS + step * BLOCK_T
         inside = (first + t < length) & real
-        total = _sum(
+        total, tokens = _sum(
             x_ptr, before_ptr, weight_ptr, bias_ptr, first, t, c, inside, real, channels, x_row,
             WIDTH,
         )  # fmt: skip
@@ -157,9 +159,7 @@ def _upstream(
         tl.store(upstream_ptr + at, upstream.to(upstream_ptr.dtype.element_ty), inside)
         sums += tl.where(k == WIDTH, tl.sum(upstream, axis=0, keep_dims=True), 0.0)
         for j in tl.static_range(WIDTH):
-            earlier = first - (WIDTH - 1 - j)
-            x = _token(x_ptr, before_ptr, earlier, t, c, inside, channels, x_row, WIDTH)
-            sums += tl.where(k == j, tl.sum(upstream * x, axis=0, keep_dims=True), 0.0)
+            sums += tl.where(k == j, tl.sum(upstream * tokens[j], axis=0, keep_dims=True), 0.0)
     part = batch * tl.num_programs(0) + tl.program_id(0)
     tl.store(sums_ptr + (part * (WIDTH + 1) + k) * channels + c, sums, (k <= WIDTH) & real)
 

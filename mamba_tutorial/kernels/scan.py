@@ -9,10 +9,14 @@ tile of steps (a, b): over the tokens that one thread holds, one after the other
 a warp, by exchanging registers; over the warps, through shared memory. The states are then what the
 tile does to the state before it, and the last of them is carried to the next tile.
 
-With few channels there are few programs, and memory idles. Then the length is cut into chunks, and
-a first pass finds what each chunk is as one step h ↦ product · h + end. Every program joins the
-steps of the chunks before its own. That pass reads a and b once more: 5 numbers travel, not 3, so
-three fifths of the bandwidth are the most that is to be had.
+With few channels there are few programs, and memory idles. Then every tile gets a program of its
+own (`_scan_tile`), and as many run at once as fit. What a tile does to a state is one step
+h ↦ product · h + end. Each program publishes the step of its tile, waits for those of the tiles
+before it, and joins them to the state that its tile starts from: it looks back. Nothing is read
+twice. So that nobody has to join thousands of steps, some tiles in a row make a group, and some
+groups a group of the next level, whose steps are published too, by whoever completes them; beyond
+the highest level the state itself is handed on. What is joined, and in which order, depends on the
+place of a tile alone and never on who was first, so two runs give the same bits.
 
 The backward pass is the recurrence in reverse, with the decays shifted by one token:
 
@@ -26,8 +30,14 @@ from torch import Tensor
 
 from mamba_tutorial.kernels._launch import multiprocessors, on
 
-# TILE, BLOCK_C, warps and tiles on their way or in use, by measurement on an H200
+# of `_scan`: TILE, BLOCK_C, warps and tiles on their way or in use, by measurement on an H200
 WIDE, NARROW, HALF = (64, 64, 4, 3), (64, 32, 2, 3), (32, 32, 1, 4)
+# of `_scan_tile`: TILE and BLOCK_C, for 32 bits and for 16; tiles of a group, and levels of groups
+FULL, PACKED, GROUP, LEVELS = (64, 32), (32, 64), 4, 3
+
+ABSENT = tl.constexpr(-1)  # a word that nobody has written yet
+NAN = tl.constexpr(0x7FC000007FC00000)  # a step of NaN, as arithmetic makes it
+IDENTITY = tl.constexpr(0x3F80000000000000)  # the step h ↦ 1 · h + 0
 
 
 class LinearScan(torch.autograd.Function):
@@ -58,45 +68,43 @@ class LinearScan(torch.autograd.Function):
 def _run(a: Tensor, b: Tensor, h0: Tensor, h: Tensor | None, reverse: bool):
     """Return the states; with the states h of another scan, the gradients (∂b, ∂a) of that scan."""
     batch, length, channels = b.shape
-    config, chunk = _config(b)
-    blocks, chunks = triton.cdiv(channels, config["BLOCK_C"]), triton.cdiv(length, chunk)
-    config["REVERSE"] = reverse
     out, da = torch.empty_like(b), None if h is None else torch.empty_like(a)
-    products = ends = None
+    size, narrow = multiprocessors(b), batch * triton.cdiv(channels, NARROW[1])
+    if 2 * narrow < 3 * size:
+        _run_tiles(a, b, h0, h, out, da, reverse)
+        return out, da
+    tile, block, warps, stages = _shape(b)
     with on(b):
-        if chunks > 1:
-            products, ends = b.new_empty(2, batch, chunks, channels, dtype=torch.float32)
-            _chunks[(batch * chunks * blocks,)](
-                a, b, products, ends, length, chunk, channels, SHIFTED=h is not None, **config
-            )
-        _scan[(batch * chunks * blocks,)](
-            a, b, h0, products, ends, h, out, da, length, chunk, channels, **config
-        )
+        _scan[(batch * triton.cdiv(channels, block),)](
+            a, b, h0, h, out, da, length, channels,
+            TILE=tile, BLOCK_C=block, STAGES=stages, REVERSE=reverse, num_warps=warps,
+        )  # fmt: skip
     return out, da
 
 
-def _config(b: Tensor) -> tuple[dict, int]:
-    """Return the constants of the kernels, and the tokens of a program.
-
-    Of the shapes, that which leaves the fewest multiprocessors idle in the last round of programs.
-    If there is hardly one program for each, the length is cut until there are four.
-    """
+def _run_tiles(a, b, h0, h, out, da, reverse: bool) -> None:
     batch, length, channels = b.shape
+    tile, block = FULL if b.dtype == torch.float32 else PACKED
+    tiles, rows = triton.cdiv(length, tile), batch * triton.cdiv(channels, block)
+    slots = sum(triton.cdiv(tiles, GROUP**level) for level in range(LEVELS + 1))
+    words = torch.full((batch, slots, channels), -1, dtype=torch.int64, device=b.device)
+    with on(b):
+        _scan_tile[(tiles * rows,)](
+            a, b, h0, h, out, da, words, length, tiles, rows, slots, CHANNELS=channels,
+            TILE=tile, BLOCK_C=block, GROUP=GROUP, LEVELS=LEVELS, REVERSE=reverse, num_warps=1,
+        )  # fmt: skip
+
+
+def _shape(b: Tensor) -> tuple[int, int, int, int]:
+    """Return the shape with which the last round of programs leaves the fewest places empty."""
+    batch, _, channels = b.shape
     size = multiprocessors(b)
 
-    def programs(shape: tuple[int, ...]) -> int:
-        return batch * triton.cdiv(channels, shape[1])
-
     def filled(shape: tuple[int, ...]) -> float:
-        return programs(shape) / (triton.cdiv(programs(shape), size) * size)
+        programs = batch * triton.cdiv(channels, shape[1])
+        return programs / (triton.cdiv(programs, size) * size)
 
-    shape = max((WIDE, NARROW), key=filled) if b.dtype == torch.float32 else HALF
-    parts = 1
-    if 2 * programs(NARROW) < 3 * size:
-        shape, parts = NARROW, max(1, 4 * size // programs(NARROW))
-    tile, block, warps, stages = shape
-    chunk = triton.cdiv(triton.cdiv(length, parts), tile) * tile
-    return {"TILE": tile, "BLOCK_C": block, "STAGES": stages, "num_warps": warps}, chunk
+    return max((WIDE, NARROW), key=filled) if b.dtype == torch.float32 else HALF
 
 
 @triton.jit
@@ -113,50 +121,8 @@ def _last(tile):
 
 
 @triton.jit
-def _place(length, chunk, channels, BLOCK_C: tl.constexpr):
-    """Return the sequence, the chunk and the channels of this program."""
-    blocks, chunks = tl.cdiv(channels, BLOCK_C), tl.cdiv(length, chunk)
-    program = tl.program_id(0)
-    c = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    return (program // blocks // chunks).to(tl.int64), program // blocks % chunks, c
-
-
-@triton.jit
-def _chunks(
-    a_ptr, b_ptr, products_ptr, ends_ptr, length, chunk, channels,
-    TILE: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
-    REVERSE: tl.constexpr, SHIFTED: tl.constexpr,
-):  # fmt: skip
-    """Each chunk as one step h ↦ product · h + end."""
-    batch, part, c = _place(length, chunk, channels, BLOCK_C)
-    real, t = c < channels, tl.arange(0, TILE)[:, None]
-    first, tokens = part.to(tl.int64) * chunk, tl.minimum(length - part * chunk, chunk)
-    # Pointers move from tile to tile; where the numbers lie from there never changes.
-    SIGN: tl.constexpr = -1 if REVERSE else 1
-    row = batch * length + (length - 1 - first if REVERSE else first)
-    a_ptr += (row - SIGN * SHIFTED) * channels
-    b_ptr += row * channels
-    at = SIGN * t * channels + c
-    product = tl.full([1, BLOCK_C], 1.0, tl.float32)
-    h = tl.zeros([1, BLOCK_C], tl.float32)
-    for start in tl.range(0, tokens, TILE, num_stages=STAGES):
-        inside = (start + t < tokens) & real
-        known = inside & ((start + t > 0) | (part > 0)) if SHIFTED else inside
-        a = tl.load(a_ptr + at, known, 1.0).to(tl.float32)
-        b = tl.load(b_ptr + at, inside, 0.0).to(tl.float32)
-        a, b = tl.associative_scan((a, b), 0, _join)
-        h = _last(a) * h + _last(b)
-        product *= _last(a)
-        a_ptr += SIGN * TILE * channels
-        b_ptr += SIGN * TILE * channels
-    slot = (batch * tl.cdiv(length, chunk) + part) * channels
-    tl.store(products_ptr + slot + c, product, real)
-    tl.store(ends_ptr + slot + c, h, real)
-
-
-@triton.jit
 def _scan(
-    a_ptr, b_ptr, h0_ptr, products_ptr, ends_ptr, h_ptr, out_ptr, da_ptr, length, chunk, channels,
+    a_ptr, b_ptr, h0_ptr, h_ptr, out_ptr, da_ptr, length, channels,
     TILE: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """The states; or, given those of the scan in the other direction, the gradients of that scan.
@@ -165,17 +131,15 @@ def _scan(
     before it in the order of this scan, whose first state is b alone.
     """
     GRADIENT: tl.constexpr = h_ptr is not None
-    batch, part, c = _place(length, chunk, channels, BLOCK_C)
+    SIGN: tl.constexpr = -1 if REVERSE else 1
+    blocks, program = tl.cdiv(channels, BLOCK_C), tl.program_id(0)
+    batch = (program // blocks).to(tl.int64)
+    c = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     real, t = c < channels, tl.arange(0, TILE)[:, None]
     h0 = tl.load(h0_ptr + batch * channels + c, real, 0.0).to(tl.float32)
     h = tl.zeros([1, BLOCK_C], tl.float32) if GRADIENT else h0
-    if products_ptr is not None:
-        for earlier in range(part):
-            slot = (batch * tl.cdiv(length, chunk) + earlier) * channels + c
-            h = tl.load(products_ptr + slot, real, 1.0) * h + tl.load(ends_ptr + slot, real, 0.0)
-    first, tokens = part.to(tl.int64) * chunk, tl.minimum(length - part * chunk, chunk)
-    SIGN: tl.constexpr = -1 if REVERSE else 1
-    row = batch * length + (length - 1 - first if REVERSE else first)
+    # Pointers move from tile to tile; where the numbers lie from there never changes.
+    row = batch * length + (length - 1 if REVERSE else 0)
     a_ptr += (row - SIGN * GRADIENT) * channels
     b_ptr += row * channels
     out_ptr += row * channels
@@ -183,9 +147,9 @@ def _scan(
     if GRADIENT:
         h_ptr += (row + SIGN) * channels
         da_ptr += row * channels
-    for start in tl.range(0, tokens, TILE, num_stages=STAGES):
-        inside = (start + t < tokens) & real
-        known = inside & ((start + t > 0) | (part > 0)) if GRADIENT else inside
+    for start in tl.range(0, length, TILE, num_stages=STAGES):
+        inside = (start + t < length) & real
+        known = inside & (start + t > 0) if GRADIENT else inside
         a = tl.load(a_ptr + at, known, 1.0).to(tl.float32)
         b = tl.load(b_ptr + at, inside, 0.0).to(tl.float32)
         a, b = tl.associative_scan((a, b), 0, _join)
@@ -194,8 +158,8 @@ def _scan(
         tl.store(out_ptr + at, states.to(out_ptr.dtype.element_ty), inside)
         if GRADIENT:
             # the state from which the token's own step started: the next in this order, or h0
-            more = part * chunk + start + t < length - 1
-            given = tl.load(h_ptr + at, inside & more, 0.0)
+            more = inside & (start + t < length - 1)
+            given = tl.load(h_ptr + at, more, 0.0)
             da = states * tl.where(more, given.to(tl.float32), h0)
             tl.store(da_ptr + at, da.to(da_ptr.dtype.element_ty), inside)
             h_ptr += SIGN * TILE * channels
@@ -203,3 +167,118 @@ def _scan(
         a_ptr += SIGN * TILE * channels
         b_ptr += SIGN * TILE * channels
         out_ptr += SIGN * TILE * channels
+
+
+@triton.jit
+def _publish(word_ptr, product, end, real):
+    """Write a step as one word of 64 bits: whoever sees it sees all of it."""
+    high, low = product.to(tl.int32, bitcast=True), end.to(tl.int32, bitcast=True)
+    word = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+    word = tl.where(word == ABSENT, NAN, word)
+    tl.atomic_xchg(word_ptr, word, real, sem="relaxed")
+
+
+@triton.jit
+def _look(words_ptr, wanted):
+    return tl.load(words_ptr, wanted, IDENTITY, volatile=True)
+
+
+@triton.jit
+def _await(words, words_ptr, wanted):
+    """Return the steps in the words, looking again until all that are wanted are there."""
+    while tl.max((words == ABSENT).to(tl.int32)) > 0:
+        words = _look(words_ptr, wanted)
+    product = (words >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return product, words.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scan_tile(
+    a_ptr, b_ptr, h0_ptr, h_ptr, out_ptr, da_ptr, words_ptr, length, tiles, rows, slots,
+    CHANNELS: tl.constexpr, TILE: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
+    LEVELS: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """As `_scan`, but a program is one warp with one tile, every thread with all of its tokens.
+
+    CHANNELS is a constant, so that all addresses of a thread are one address and constants.
+    Programs are started in the order of their numbers: what one waits for is running or done.
+    """
+    GRADIENT: tl.constexpr = h_ptr is not None
+    SIGN: tl.constexpr = -1 if REVERSE else 1
+    program, blocks = tl.program_id(0), tl.cdiv(CHANNELS, BLOCK_C)
+    tile, row = program // rows, program % rows
+    batch = (row // blocks).to(tl.int64)
+    c = row % blocks * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    real, t = c < CHANNELS, tl.arange(0, TILE)[:, None]
+    first = tile.to(tl.int64) * TILE
+    token = (batch * length + (length - 1 - first if REVERSE else first)) * CHANNELS
+    # Claiming no alignment beyond this keeps all 32 lanes on channels.
+    at = tl.multiple_of(SIGN * t * CHANNELS + c, [1, BLOCK_C // 32])
+    inside = t < length - first
+    if CHANNELS % BLOCK_C != 0:
+        inside = inside & real
+    known = inside & ((t > 0) | (tile > 0)) if GRADIENT else inside
+    a = tl.load(a_ptr + token - SIGN * GRADIENT * CHANNELS + at, known, 1.0)
+    b = tl.load(b_ptr + token + at, inside, 0.0)
+    h0 = tl.load(h0_ptr + batch * CHANNELS + c, real, 0.0).to(tl.float32)
+    if GRADIENT:
+        more = inside & (t < length - 1 - first)
+        given = tl.load(h_ptr + token + SIGN * CHANNELS + at, more, 0.0)
+        given = tl.where(more, given.to(tl.float32), h0)
+        h0 = tl.zeros_like(h0)
+    products, ends = tl.associative_scan((a.to(tl.float32), b.to(tl.float32)), 0, _join)
+    words_ptr += batch * slots * CHANNELS + c
+    own, own_end = _last(products), _last(ends)
+    h = _look_back(words_ptr, own, own_end, h0, tile, tiles, real, CHANNELS, BLOCK_C, GROUP, LEVELS)
+    # Once more through the tile, from the right state. This costs less than keeping the products.
+    a, b = a.to(tl.float32), b.to(tl.float32)
+    _, states = tl.associative_scan((a, tl.where(t == 0, a * h + b, b)), 0, _join)
+    tl.store(out_ptr + token + at, states.to(out_ptr.dtype.element_ty), inside)
+    if GRADIENT:
+        da = (states * given).to(da_ptr.dtype.element_ty)
+        tl.store(da_ptr + token + at, da, inside)
+
+
+@triton.jit
+def _look_back(
+    words_ptr, own, own_end, h0, tile, tiles, real, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr,
+    GROUP: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """Return the state before the tile, whose own step is (own, own_end), and publish that step.
+
+    The words lie in LEVELS + 1 lists: steps of tiles, of groups, of groups of groups, …, and last
+    the states after the largest groups.
+    """
+    _publish(words_ptr + tile * CHANNELS, own, own_end, real)
+    # All first looks are under way before one is waited for.
+    looks = ()
+    list_ptr, index, count = words_ptr, tile, tiles
+    k = tl.arange(0, GROUP)[:, None]
+    for _ in tl.static_range(LEVELS):
+        place = index % GROUP  # in its group: so many steps before it
+        ptr = list_ptr + tl.multiple_of((index - place + k) * CHANNELS, [1, 1])
+        wanted = (k < place) & real
+        looks = looks + ((ptr, wanted, _look(ptr, wanted)),)
+        list_ptr += count * CHANNELS
+        index, count = index // GROUP, tl.cdiv(count, GROUP)
+    state_ptr, wanted = list_ptr + (index - 1) * CHANNELS, (index > 0) & real
+    state = _look(state_ptr, wanted)
+
+    before = tl.full([1, BLOCK_C], 1.0, tl.float32)
+    before_end = tl.zeros([1, BLOCK_C], tl.float32)
+    list_ptr, index, count = words_ptr, tile, tiles
+    for level in tl.static_range(LEVELS):
+        p, e = _await(looks[level][2], looks[level][0], looks[level][1])
+        p, e = tl.associative_scan((p, e), 0, _join)
+        before, before_end = _join(_last(p), _last(e), before, before_end)
+        list_ptr += count * CHANNELS
+        index, count = index // GROUP, tl.cdiv(count, GROUP)
+        if level < LEVELS - 1:
+            if (tile + 1) % GROUP ** (level + 1) == 0:  # the last of its group
+                group, group_end = _join(before, before_end, own, own_end)
+                _publish(list_ptr + index * CHANNELS, group, group_end, real)
+    _, state = _await(state, state_ptr, wanted)
+    h = before * tl.where(index > 0, state, h0) + before_end
+    if (tile + 1) % GROUP**LEVELS == 0:
+        _publish(list_ptr + index * CHANNELS, 0 * own, own * h + own_end, real)
+    return h

@@ -53,13 +53,16 @@ class SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact):
-        x, dt, z = (_rows(tensor) for tensor in (x, dt, z))
-        A, B, C, D, dt_bias, h0 = (_float(tensor) for tensor in (A, B, C, D, dt_bias, h0))
-        ctx.gluon = gluon.takes(x, [x, dt, z], A.shape[1], exact)
+        ctx.set_materialize_grads(False)
+        ctx.dtype = B.dtype if B.dtype == C.dtype else torch.float32
+        x, dt, z, B, C = (_rows(tensor) for tensor in (x, dt, z, B, C))
+        D, dt_bias, h0 = (_float(tensor) for tensor in (D, dt_bias, h0))
+        A, B, C = _prepared(A, B, C)
+        ctx.gluon = gluon.takes(x, [x, dt, z], A.shape[0], exact)
         ctx.softplus, ctx.exact = dt_softplus, exact
         every = None
         if any(ctx.needs_input_grad):
-            every = gluon.SECTION if ctx.gluon else _tile(A.shape[1])
+            every = gluon.SECTION if ctx.gluon else _tile(A.shape[0])
         y, h_last, starts = _run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, every)
         ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, h0, starts)
         return y, h_last
@@ -68,24 +71,52 @@ class SelectiveScan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dh_last):
         x, dt, A, B, C, D, z, dt_bias, h0, starts = ctx.saved_tensors
+        dy = torch.zeros_like(x) if dy is None else _rows(dy)
         run = _run_gluon_backward if ctx.gluon else _run_backward
-        given = x, dt, A, B, C, D, z, dt_bias, starts, _rows(dy), _float(dh_last)
-        dx, ddt, dA, dB, dC, dD, dz, dbias, dh0 = run(*given, ctx.softplus, ctx.exact)
-        dD = None if D is None else dD
-        dbias = None if dt_bias is None else dbias
-        dh0 = None if h0 is None else dh0
-        return dx, ddt, dA, dB, dC, dD, dz, dbias, dh0, None, None
+        given = x, dt, A, B, C, D, z, dt_bias, starts, dy, _transposed(_float(dh_last))
+        dx, ddt, dz, shared, own, dh0 = run(*given, ctx.softplus, ctx.exact)
+        dB, dC = _sum(shared, ctx.dtype)
+        own, n = _sum(own), A.shape[0]
+        dD = None if D is None else own[n]
+        dbias = None if dt_bias is None else own[n + 1]
+        dh0 = None if h0 is None else dh0.mT
+        return dx, ddt, own[:n].mT, dB, dC, dD, dz, dbias, dh0, None, None
+
+
+def _prepared(A, B, C):
+    """Return A turned, (d_state, d_inner), and B and C, all of float32, by one kernel."""
+    (d_inner, d_state), (batch, length, _) = A.shape, B.shape
+    A, turned = A.contiguous(), A.new_empty(d_state, d_inner, dtype=torch.float32)
+    shared = turned.new_empty(2, batch, length, d_state)
+    ROWS, BLOCK_N = 128, triton.next_power_of_2(d_state)
+    grid = (triton.cdiv(batch * length, ROWS) + triton.cdiv(d_inner, ROWS),)
+    with on(A):
+        _prepare[grid](
+            *(A, B, C, turned, *shared, batch * length, length, d_inner, d_state),
+            *_strides(B), *_strides(C), ROWS=ROWS, BLOCK_N=BLOCK_N, num_warps=4,
+        )  # fmt: skip
+    return turned, *shared
+
+
+def _sum(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return parts.sum(0), the parts added in their order."""
+    total = parts.new_empty(parts.shape[1:], dtype=dtype)
+    BLOCK = 512
+    with on(parts):
+        _add_up[(triton.cdiv(total.numel(), BLOCK),)](
+            parts, total, len(parts), total.numel(), BLOCK=BLOCK, num_warps=4
+        )
+    return total
 
 
 def _run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, every):
     """Forward; return y, the last state, and the state before every `every` tokens, if asked."""
     batch, length, d_inner = x.shape
-    d_state, blocks = A.shape[1], triton.cdiv(d_inner, LANES)
+    d_state, blocks = A.shape[0], triton.cdiv(d_inner, LANES)
     chunk = _chunk(x, 3, batch * blocks, length)
     chunks = triton.cdiv(length, chunk)
     sizes = length, chunk, d_inner, d_state
-    config = _config(d_state, dt_softplus) | {"EXACT": exact}
-    A, h0 = _transposed(A), _transposed(h0)
+    config, h0 = _config(d_state, dt_softplus, exact), _transposed(h0)
     ends = spans = starts = None
     with on(x):
         if chunks > 1:
@@ -110,60 +141,61 @@ def _run_ends(u, dt, A, V, z, dt_bias, sizes, config, reverse):
     given = u, dt, A, V, z, dt_bias, ends, spans
     strides = *_strides(u), *_strides(dt), *_strides(z)
     programs = batch * (chunks - 1) * blocks
-    _ends[(programs,)](*given, *sizes, *strides, REVERSE=reverse, **config)
+    _ends[(programs,)](
+        *given, *sizes, *strides, REVERSE=reverse, WHOLE=_whole(sizes, config), **config
+    )
     return ends, spans
 
 
 def _run_backward(x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, dt_softplus, exact):
     batch, length, d_inner = x.shape
-    d_state, blocks = A.shape[1], triton.cdiv(d_inner, BACKWARD_D)
-    dx, ddt = x.new_empty(x.shape), x.new_empty(x.shape, dtype=dt.dtype)
-    dz = None if z is None else x.new_empty(x.shape, dtype=z.dtype)
-    A, dh_last = _transposed(A), _transposed(dh_last)
-    dA, dh0 = A.new_empty(batch, *A.shape), A.new_empty(batch, *A.shape)
-    dB, dC = A.new_empty(2, blocks, batch, length, d_state).unbind(0)
-    dD, dbias = A.new_empty(2, batch, d_inner).unbind(0)
-    strides = (*_strides(x), *_strides(dt), *_strides(z), *_strides(dy))
+    d_state, blocks = A.shape[0], triton.cdiv(d_inner, BACKWARD_D)
+    results = _results(x, dt, A, z, slots=batch, blocks=blocks)
+    strides = *_strides(x), *_strides(dt), *_strides(z), *_strides(dy)
     given = x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last
-    results = dx, ddt, dA, dB, dC, dD, dz, dbias, dh0
-    config = _config(d_state, dt_softplus) | {"EXACT": exact, "BLOCK_D": BACKWARD_D}
+    config = _config(d_state, dt_softplus, exact) | {"BLOCK_D": BACKWARD_D}
     with on(x):
         _backward[(batch * blocks,)](*given, *results, length, d_inner, d_state, *strides, **config)
-    return dx, ddt, dA.sum(0).mT, dB.sum(0), dC.sum(0), dD.sum(0), dz, dbias.sum(0), dh0.mT
+    return results
 
 
 def _run_gluon_backward(x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, dt_softplus, exact):
     batch, length, d_inner = x.shape
-    d_state, groups = A.shape[1], d_inner // gluon.CHANNELS
+    d_state, groups = A.shape[0], d_inner // gluon.CHANNELS
     if not gluon.takes(x, [dy], d_state, exact):
         dy = dy.contiguous()
     chunk = _chunk(x, 8, batch * d_inner // LANES, length)
     chunks = triton.cdiv(length, chunk)
-    A, dh_last = _transposed(A), _transposed(dh_last)
-    dx, ddt = x.new_empty(x.shape), x.new_empty(x.shape, dtype=dt.dtype)
-    dz = None if z is None else x.new_empty(x.shape, dtype=z.dtype)
-    dA, dh0 = A.new_empty(batch * chunks, *A.shape), A.new_empty(batch, *A.shape)
-    dBC = A.new_empty(2, groups, batch, length, d_state)
-    ends_of_D = A.new_empty(2, batch * chunks, d_inner)
     programs = batch * chunks * groups
+    results = _results(x, dt, A, z, slots=batch * chunks, blocks=groups)
     tiles = gluon.SECTION // gluon.TILE
     scratch = A.new_empty(programs, tiles, d_state, gluon.CHANNELS)
     ends = spans = None
     with on(x):
         if chunks > 1:
-            sizes, config = (length, chunk, d_inner, d_state), _config(d_state, dt_softplus)
-            config |= {"EXACT": exact}
+            sizes, config = (length, chunk, d_inner, d_state), _config(d_state, dt_softplus, exact)
             ends, spans = _run_ends(dy, dt, A, C, z, dt_bias, sizes, config, reverse=True)
         given = x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, ends, spans, scratch
-        results = dx, ddt, dA, *dBC, ends_of_D[0], dz, ends_of_D[1], dh0
         strides = *_strides(x), *_strides(dt), *_strides(z), *_strides(dy)
         gluon.backward[(programs,)](
             *given, *results, length, chunk, d_inner, *strides, SOFTPLUS=dt_softplus,
             TILE=gluon.TILE, SECTION=gluon.SECTION, STAGES=gluon.STAGES, num_warps=gluon.WARPS,
         )  # fmt: skip
-    dB, dC = dBC.sum(1)
-    dD, dbias = ends_of_D.sum(1)
-    return dx, ddt, dA.sum(0).mT, dB, dC, dD, dz, dbias, dh0.mT
+    return results
+
+
+def _results(x, dt, A, z, slots, blocks):
+    """Return room for the gradients.
+
+    Those of x, dt and z; of B and C, one above the other, one part for each block of channels; of
+    A, D and dt_bias likewise, one part for each slot; and of h0.
+    """
+    batch, length, d_inner = x.shape
+    dx, ddt = x.new_empty(x.shape), dt.new_empty(x.shape)
+    dz = None if z is None else z.new_empty(x.shape)
+    shared = A.new_empty(blocks, 2, batch, length, len(A))
+    own = A.new_empty(slots, len(A) + 2, d_inner)
+    return dx, ddt, dz, shared, own, A.new_empty(batch, *A.shape)
 
 
 def _tile(d_state: int) -> int:
@@ -171,15 +203,23 @@ def _tile(d_state: int) -> int:
     return min(16, max(1, 128 // max(4, triton.next_power_of_2(d_state))))
 
 
-def _config(d_state: int, dt_softplus: bool) -> dict:
+def _config(d_state: int, dt_softplus: bool, exact: bool) -> dict:
     """Return the constants that the kernels share."""
     return {
         "TILE": _tile(d_state),
         "BLOCK_N": max(4, triton.next_power_of_2(d_state)),
         "BLOCK_D": LANES,
         "SOFTPLUS": dt_softplus,
+        "EXACT": exact,
         "num_warps": 1,
     }
+
+
+def _whole(sizes: tuple[int, int, int, int], config: dict) -> bool:
+    """Say whether every tile is full, so that nothing has to be masked."""
+    length, _, d_inner, d_state = sizes
+    over = length % config["TILE"], d_inner % config["BLOCK_D"], d_state % config["BLOCK_N"]
+    return not any(over)
 
 
 def _chunk(x: Tensor, enough: int, rows: int, length: int) -> int:
@@ -209,6 +249,39 @@ def _transposed(tensor: Tensor | None) -> Tensor | None:
 
 def _strides(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else tensor.stride()[:2]
+
+
+@triton.jit
+def _prepare(
+    A_ptr, B_ptr, C_ptr, turned_ptr, b_ptr, c_ptr, rows, length, d_inner, d_state,
+    B_batch, B_row, C_batch, C_row, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """B and C in float32, without gaps, and after them A turned."""
+    n, blocks = tl.arange(0, BLOCK_N)[None, :], tl.cdiv(rows, ROWS)
+    program = tl.program_id(0)
+    if program < blocks:
+        row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+        inside, at = (row < rows) & (n < d_state), row * d_state + n
+        sequence, token = row // length, row % length
+        B = tl.load(B_ptr + sequence * B_batch + token * B_row + n, inside)
+        C = tl.load(C_ptr + sequence * C_batch + token * C_row + n, inside)
+        tl.store(b_ptr + at, B.to(tl.float32), inside)
+        tl.store(c_ptr + at, C.to(tl.float32), inside)
+    else:
+        d = ((program - blocks) * ROWS + tl.arange(0, ROWS))[:, None]
+        inside = (d < d_inner) & (n < d_state)
+        A = tl.load(A_ptr + d * d_state + n, inside)
+        tl.store(turned_ptr + n * d_inner + d, A.to(tl.float32), inside)
+
+
+@triton.jit
+def _add_up(parts_ptr, total_ptr, parts, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for _ in tl.range(parts, loop_unroll_factor=8):
+        total += tl.load(parts_ptr + at, at < size, 0.0)
+        parts_ptr += size
+    tl.store(total_ptr + at, total.to(total_ptr.dtype.element_ty), at < size)
 
 
 @triton.jit
@@ -253,6 +326,12 @@ def _exprel_slope(z, exp, exprel):
     p = 4 / 120 + s * (5 / 720 + s * p)
     p = 1 / 2 + s * (2 / 6 + s * (3 / 24 + s * p))
     return tl.where(near, p, (exp - exprel) / tl.where(near, 1.0, z))
+
+
+@triton.jit
+def _below(index, count, ALWAYS: tl.constexpr):
+    """Return index < count, as a constant where it always holds: then the masks vanish."""
+    return tl.full(index.shape, True, tl.int1) if ALWAYS else index < count
 
 
 @triton.jit
@@ -340,7 +419,7 @@ def _ends(
     u_ptr, dt_ptr, A_ptr, V_ptr, z_ptr, bias_ptr, ends_ptr, spans_ptr,
     length, chunk, d_inner, d_state, u_batch, u_row, dt_batch, dt_row, z_batch, z_row,
     TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, REVERSE: tl.constexpr,
+    SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, WHOLE: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """What a chunk gives to the next, from nothing, and its length ΣΔ.
 
@@ -351,7 +430,7 @@ def _ends(
     block, part, batch = _place(d_inner, chunks - 1, BLOCK_D)
     t, n = tl.arange(0, TILE)[:, None], tl.arange(0, BLOCK_N)
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    real, states = (d < d_inner)[None, :], (n < d_state)[None, :]
+    real, states = _below(d[None, :], d_inner, WHOLE), _below(n[None, :], d_state, WHOLE)
     square = states[:, :, None] & real[:, None, :]
     at = tl.multiple_of(n[None, :, None] * d_inner + d[None, None, :], [1, 1, 1])
     slot = batch * (chunks - 1) + part
@@ -372,7 +451,7 @@ def _ends(
         row = start + t
         if REVERSE:
             row = tokens - 1 - start - t
-        inside = (row >= 0) & (row < tokens)
+        inside = _below(start + t, tokens, WHOLE)
         u = tl.load(u_ptr + row * u_row + d[None, :], inside & real, 0.0).to(tl.float32)
         dt = tl.load(dt_ptr + row * dt_row + d[None, :], inside & real, 0.0).to(tl.float32)
         V = tl.load(V_ptr + row * d_state + n[None, :], inside & states, 0.0)
@@ -400,8 +479,7 @@ def _ends(
 @triton.jit
 def _backward(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, starts_ptr, dy_ptr, dlast_ptr,
-    dx_ptr, ddt_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dz_ptr, dbias_ptr, dh0_ptr,
-    length, d_inner, d_state,
+    dx_ptr, ddt_ptr, dz_ptr, shared_ptr, own_ptr, dh0_ptr, length, d_inner, d_state,
     x_batch, x_row, dt_batch, dt_row, z_batch, z_row, dy_batch, dy_row,
     TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
@@ -426,15 +504,17 @@ def _backward(
     ddt_ptr += first * d_inner
     starts_ptr += (batch * tiles + tiles - 1) * d_state * d_inner
     batches = tl.num_programs(0) // blocks
-    part = block.to(tl.int64) * batches * length + first  # the row, among those of all programs
-    dB_ptr += part * d_state
-    dC_ptr += part * d_state
+    rows = (batches * length).to(tl.int64)
+    dB_ptr = shared_ptr + (block * 2 * rows + first) * d_state
+    dC_ptr = dB_ptr + rows * d_state
     x_at, dt_at, dy_at, own_at = t * x_row + d, t * dt_row + d, t * dy_row + d, t * d_inner + d
     shared_at = t * d_state + n[None, :]
     at = n[None, :, None] * d_inner + d[:, None, :]
     A = tl.load(A_ptr + at, square, 0.0)
     A2 = A * LOG2E
-    G = tl.load(dlast_ptr + batch * d_inner * d_state + at, square, 0.0)  # a_{t+1} g_{t+1}
+    G = tl.zeros([1, BLOCK_N, BLOCK_D], tl.float32)  # a_{t+1} g_{t+1}
+    if dlast_ptr is not None:
+        G = tl.load(dlast_ptr + batch * d_inner * d_state + at, square, 0.0)
     dA = tl.zeros([1, BLOCK_N, BLOCK_D], tl.float32)
     dD = tl.zeros([TILE, BLOCK_D], tl.float32)
     dbias = tl.zeros([TILE, BLOCK_D], tl.float32)
@@ -531,7 +611,8 @@ def _backward(
         ddt_ptr -= TILE * d_inner
         dB_ptr -= TILE * d_state
         dC_ptr -= TILE * d_state
-    tl.store(dA_ptr + batch * d_inner * d_state + at, dA, square)
     tl.store(dh0_ptr + batch * d_inner * d_state + at, G, square)
-    tl.store(dD_ptr + batch * d_inner + d, tl.sum(dD, axis=0)[None, :], real)
-    tl.store(dbias_ptr + batch * d_inner + d, tl.sum(dbias, axis=0)[None, :], real)
+    own_ptr += batch * (d_state + 2) * d_inner
+    tl.store(own_ptr + at, dA, square)
+    tl.store(own_ptr + d_state * d_inner + d, tl.sum(dD, axis=0)[None, :], real)
+    tl.store(own_ptr + (d_state + 1) * d_inner + d, tl.sum(dbias, axis=0)[None, :], real)

@@ -88,15 +88,14 @@ def _fetch(buffer, ptr, row, low, high, stride):
 def backward(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, starts_ptr, dy_ptr, dlast_ptr,
     ends_ptr, spans_ptr, scratch_ptr,
-    dx_ptr, ddt_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dz_ptr, dbias_ptr, dh0_ptr,
-    length, chunk, d_inner,
+    dx_ptr, ddt_ptr, dz_ptr, shared_ptr, own_ptr, dh0_ptr, length, chunk, d_inner,
     x_batch, x_row, dt_batch, dt_row, z_batch, z_row, dy_batch, dy_row,
     SOFTPLUS: gl.constexpr, TILE: gl.constexpr, SECTION: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A: (d_state, d_inner); starts: (batch, sections, d_state, d_inner), as all states here.
 
-    ends, spans: of `selective_scan._ends`, for each chunk but the first; dA, dD, dbias: one part
-    per batch and chunk; dB, dC: one part per group of channels; scratch: a section per program.
+    ends, spans: of `selective_scan._ends`, for each chunk but the first; scratch: a section per
+    program; shared, own: parts of the gradients, as `selective_scan._results` lays them out.
     """
     N: gl.constexpr = 16
     W: gl.constexpr = 32 * gl.num_warps()
@@ -170,8 +169,9 @@ def backward(
         dy = dy_ptr + batch * dy_batch + first * dy_row + group * W
         B, C = B_ptr + token * N, C_ptr + token * N
         dx, ddt = dx_ptr + token * d_inner, ddt_ptr + token * d_inner
-        shared = group.to(gl.int64) * batches * length * N + token * N
-        dB, dC = dB_ptr + shared, dC_ptr + shared
+        rows = (batches * length).to(gl.int64)
+        dB = shared_ptr + (group * 2 * rows + token) * N
+        dC = dB + rows * N
         if z_ptr is not None:
             z = z_ptr + batch * z_batch + first * z_row + group * W
             dz = dz_ptr + token * d_inner
@@ -282,7 +282,7 @@ def backward(
         async_copy.wait_group(0)
     if part == 0:
         gl.store(dh0_ptr + batch * N * d_inner + at, G)
-    slot = batch * chunks + part
-    gl.store(dA_ptr + slot * N * d_inner + at, dA)
-    gl.store(dD_ptr + slot * d_inner + d, dD)
-    gl.store(dbias_ptr + slot * d_inner + d, dbias)
+    own_ptr += (batch * chunks + part) * (N + 2) * d_inner
+    gl.store(own_ptr + at, dA)
+    gl.store(own_ptr + N * d_inner + d, dD)
+    gl.store(own_ptr + (N + 1) * d_inner + d, dbias)
