@@ -18,7 +18,7 @@ from torch import Tensor
 from mamba_tutorial.kernels._gates import LOG2E, sigmoid, softplus
 from mamba_tutorial.kernels._launch import on
 
-BLOCK_D = 32
+BLOCK_D = 64
 
 
 def selective_step(
@@ -49,7 +49,7 @@ def selective_step(
         _step[(triton.cdiv(d_inner, BLOCK_D), batch)](
             h, x, dt, A, B, C, D, z, dt_bias, y, after, d_inner, d_state, *rows,
             BLOCK_D=BLOCK_D, BLOCK_N=triton.next_power_of_2(d_state), SOFTPLUS=dt_softplus,
-            num_warps=1,
+            num_warps=2,
         )  # fmt: skip
     return y, after
 

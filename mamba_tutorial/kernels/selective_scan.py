@@ -41,6 +41,7 @@ from mamba_tutorial.kernels._launch import multiprocessors, on
 
 LANES = 32
 BACKWARD_D = 8  # channels of a program of `_backward`
+RESIDENT = 8  # warps of the forward pass for each multiprocessor, where the length is cut
 
 
 class SelectiveScan(torch.autograd.Function):
@@ -113,7 +114,7 @@ def _run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, every):
     """Forward; return y, the last state, and the state before every `every` tokens, if asked."""
     batch, length, d_inner = x.shape
     d_state, blocks = A.shape[0], triton.cdiv(d_inner, LANES)
-    chunk = _chunk(x, 3, batch * blocks, length)
+    chunk = _chunk(x, batch * blocks, length, enough=3, resident=RESIDENT)
     chunks = triton.cdiv(length, chunk)
     sizes = length, chunk, d_inner, d_state
     config, h0 = _config(d_state, dt_softplus, exact), _transposed(h0)
@@ -141,9 +142,8 @@ def _run_ends(u, dt, A, V, z, dt_bias, sizes, config, reverse):
     given = u, dt, A, V, z, dt_bias, ends, spans
     strides = *_strides(u), *_strides(dt), *_strides(z)
     programs = batch * (chunks - 1) * blocks
-    _ends[(programs,)](
-        *given, *sizes, *strides, REVERSE=reverse, WHOLE=_whole(sizes, config), **config
-    )
+    whole = reverse and _whole(sizes, config)  # forwards it made no difference, or a bad one
+    _ends[(programs,)](*given, *sizes, *strides, REVERSE=reverse, WHOLE=whole, **config)
     return ends, spans
 
 
@@ -164,7 +164,7 @@ def _run_gluon_backward(x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, dt_s
     d_state, groups = A.shape[0], d_inner // gluon.CHANNELS
     if not gluon.takes(x, [dy], d_state, exact):
         dy = dy.contiguous()
-    chunk = _chunk(x, 8, batch * d_inner // LANES, length)
+    chunk = _chunk(x, batch * d_inner // LANES, length, enough=8, resident=8)
     chunks = triton.cdiv(length, chunk)
     programs = batch * chunks * groups
     results = _results(x, dt, A, z, slots=batch * chunks, blocks=groups)
@@ -222,14 +222,14 @@ def _whole(sizes: tuple[int, int, int, int], config: dict) -> bool:
     return not any(over)
 
 
-def _chunk(x: Tensor, enough: int, rows: int, length: int) -> int:
+def _chunk(x: Tensor, rows: int, length: int, enough: int, resident: int) -> int:
     """Return the tokens of a program.
 
-    All of them, if there are `enough` rows for each multiprocessor; else as many as give it eight
-    warps, two for each of its schedulers.
+    All of them, if there are `enough` rows, which are warps, for each multiprocessor; else as many
+    as make `resident` warps for each.
     """
     size = multiprocessors(x)
-    parts = 1 if rows >= enough * size else max(1, 8 * size // rows)
+    parts = 1 if rows >= enough * size else max(1, resident * size // rows)
     return triton.cdiv(triton.cdiv(length, parts), gluon.SECTION) * gluon.SECTION
 
 
