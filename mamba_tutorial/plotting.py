@@ -669,6 +669,25 @@ def scan_levels() -> Figure:
     return figure
 
 
+def look_back() -> Figure:
+    """Draw the steps that the 28th tile joins: of tiles, of groups, of groups of groups."""
+    tile, group = 27, 4
+    figure, (ax,) = _subplots(2.4)
+    for level, label in enumerate(("tiles", "groups", "groups of groups")):
+        width = group**level
+        index = tile // width
+        first = index - index % group  # of the larger group that the tile is in
+        ax.text(-0.6, level + 0.3, label, ha="right", va="center")
+        for i in range((tile + 1) // width):
+            own, joined = level == 0 and i == tile, first <= i < index
+            color = ORANGE if own else BLUE if joined else PALE
+            corner, size = (i * width + 0.08, level), (width - 0.16, 0.6)
+            ax.add_patch(Rectangle(corner, *size, facecolor=color, edgecolor=GREY, lw=0.8))
+    ax.set(xlim=(-8.5, tile + 1.5), ylim=(-0.2, 3))
+    ax.axis("off")
+    return figure
+
+
 def _short(values: ArrayLike) -> list[float | None]:
     """Round to what a screen can show, to keep the page small; NaN becomes None."""
     return [None if np.isnan(v) else round(float(v), 3) for v in np.asarray(values)]

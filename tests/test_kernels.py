@@ -145,6 +145,24 @@ def test_triton_without_optional_inputs(without):
 
 
 @needs_triton
+@pytest.mark.parametrize("d_inner", [3, 64])
+def test_gradients_of_the_last_state_alone(d_inner):
+    inputs = problem(1, 70, d_inner, 16)
+    found = []
+    for backend, dtype in (("triton", torch.float32), ("sequential", torch.float64)):
+        leaves = {name: t.to(dtype, copy=True).requires_grad_() for name, t in inputs.items()}
+        _, last = selective_scan(
+            **leaves, dt_softplus=True, return_last_state=True, backend=backend
+        )
+        found.append(
+            torch.autograd.grad(last.square().sum(), list(leaves.values()), allow_unused=True)
+        )
+    for value, exact in zip(*found, strict=True):
+        if exact is not None:
+            assert (value - exact).abs().max() / (exact.abs().max() + 1e-3) < 2e-6
+
+
+@needs_triton
 def test_triton_without_softplus():
     inputs = problem(1, 11, 5, 4, ("dt_bias",))
     compare(inputs | {"dt": inputs["dt"].abs()}, 2e-6)

@@ -42,6 +42,7 @@ PICTURES = {
     ),
     "register_tile": plotting.register_tile,
     "scan_levels": plotting.scan_levels,
+    "look_back": plotting.look_back,
     "descent": lambda: plotting.descent(T + 0.1, T + 0.1, {"a": (T + 0.1, T + 0.1)}, true=0.5),
 }
 
