@@ -1,5 +1,6 @@
 """What the README, the environment file and the package promise to somebody who installs them."""
 
+import json
 import re
 import subprocess
 import sys
