@@ -591,7 +591,8 @@ def bars(
         at, values = zip(*mine, strict=True)
         drawn = ax.barh(at, values, height=0.86, color=colors[label], label=label)
         texts = ["" if np.isnan(value) else f"{value:.3g}{unit}" for value in values]
-        ax.bar_label(drawn, texts, padding=3, fontsize=8.5)
+        clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # of the dashed line
+        ax.bar_label(drawn, texts, padding=3, fontsize=8.5, bbox=clear)
     if mark is not None:
         ax.axvline(mark, color=INK, linestyle="--", linewidth=1)
     ax.set(xlabel=xlabel, yticks=list(ticks.values()), yticklabels=list(ticks))

@@ -185,7 +185,7 @@ def _look(words_ptr, wanted):
 
 @triton.jit
 def _await(words, words_ptr, wanted):
-    """Return the steps in the words, looking again until all that are wanted are there."""
+    """Return the steps in the words, once all that are wanted are there."""
     while tl.max((words == ABSENT).to(tl.int32)) > 0:
         words = _look(words_ptr, wanted)
     product = (words >> 32).to(tl.int32).to(tl.float32, bitcast=True)
