@@ -8,17 +8,21 @@ that gives Δ, B and C, a matrix product over all channels, so the two cannot be
 A program takes a block of channels of a sequence, [BLOCK_D, BLOCK_N]. Triton gives each thread four
 neighbouring states, which it moves as one access of 16 bytes; the sum over the states is then an
 exchange among the four threads of a channel.
+
+At small batches most of the time goes into starting a kernel and into its last programs. A Hopper
+GPU can start a kernel while the one before it ends, if the kernel waits for that end by itself.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mamba_tutorial.kernels._gates import LOG2E, sigmoid, softplus
-from mamba_tutorial.kernels._launch import on
+from mamba_tutorial.kernels._launch import early, on
 
-BLOCK_D = 64
+BLOCK_D = 128
 
 
 def selective_step(
@@ -49,7 +53,7 @@ def selective_step(
         _step[(triton.cdiv(d_inner, BLOCK_D), batch)](
             h, x, dt, A, B, C, D, z, dt_bias, y, after, d_inner, d_state, *rows,
             BLOCK_D=BLOCK_D, BLOCK_N=triton.next_power_of_2(d_state), SOFTPLUS=dt_softplus,
-            num_warps=2,
+            num_warps=4, **early(h),
         )  # fmt: skip
     return y, after
 
@@ -70,7 +74,7 @@ def conv_step(
     with on(x):
         _conv_step[(triton.cdiv(channels, block), batch)](
             x, state, weight, bias, y, after, channels, x.stride(0),
-            WIDTH=width, BLOCK=block, num_warps=1,
+            WIDTH=width, BLOCK=block, num_warps=1, **early(x),
         )  # fmt: skip
     return y, after
 
@@ -79,8 +83,11 @@ def conv_step(
 def _step(
     h_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, y_ptr, after_ptr,
     d_inner, d_state, x_row, dt_row, B_row, C_row, z_row,
-    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SOFTPLUS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SOFTPLUS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     batch = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
@@ -111,8 +118,11 @@ def _step(
 @triton.jit
 def _conv_step(
     x_ptr, state_ptr, weight_ptr, bias_ptr, y_ptr, after_ptr, channels, x_row,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     batch = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = c < channels

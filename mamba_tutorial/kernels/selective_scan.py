@@ -20,9 +20,9 @@ five that each of the 16 states takes, and 16 of those are exponentials, for whi
 fewest units.
 
 **Few sequences** give few warps. Then the length is cut into chunks. `_ends` finds what each chunk
-alone adds to the state, and how long it is in units of Δ; the decay over a chunk is exp(A ΣΔ),
-so nothing else has to be kept. Each program of the forward pass joins what the chunks before it
-give, which is the scan once more, over chunks. This costs every exponential twice.
+but the last adds to the state, and how long it is in units of Δ; the decay over a chunk is
+exp(A ΣΔ), so nothing else has to be kept. Each program of the forward pass joins what the chunks
+before it give, which is the scan once more, over chunks. This costs nearly every exponential twice.
 
 **Backward.** The forward pass writes down some of the states, and the backward pass computes the
 others once more (`_backward`; on a GPU `selective_scan_backward`, where it applies). Sums over
@@ -131,23 +131,40 @@ def _run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, every):
         given = x, dt, A, B, C, D, z, dt_bias, h0, ends, spans
         strides = *_strides(x), *_strides(dt), *_strides(z)
         _forward[(batch * chunks * blocks,)](
-            *given, y, starts, h_last, *sizes, *strides, EVERY=every or length, **config
-        )
+            *given, y, starts, h_last, *sizes, *strides,
+            HALVES=ends.shape[2] if chunks > 1 else 0, EVERY=every or length, **config,
+        )  # fmt: skip
     return y, h_last.mT, starts
 
 
 def _run_ends(u, dt, A, V, z, dt_bias, sizes, config, reverse):
-    """What every chunk but one gives to the chunks after it, in the direction of the pass."""
+    """What every chunk but one gives to the chunks after it, in the direction of the pass.
+
+    (batch, chunks − 1, 1 or 2, …): of the whole chunk, or of its head and of its tail.
+    """
     batch, (length, chunk, d_inner, d_state) = len(u), sizes
     chunks, blocks = triton.cdiv(length, chunk), triton.cdiv(d_inner, LANES)
-    ends = A.new_empty(batch, chunks - 1, d_state, d_inner)
-    spans = A.new_empty(batch, chunks - 1, d_inner)
-    given = u, dt, A, V, z, dt_bias, ends, spans
+    halves, share = _share(chunks, chunk)
+    ends = A.new_empty(batch, chunks - 1, halves, d_state, d_inner)
+    spans = A.new_empty(batch, chunks - 1, halves, d_inner)
+    given = u, dt, A, V, z, dt_bias, ends, spans, share
     strides = *_strides(u), *_strides(dt), *_strides(z)
-    programs = batch * (chunks - 1) * blocks
     whole = reverse and _whole(sizes, config)  # forwards it was slower, by measurement
-    _ends[(programs,)](*given, *sizes, *strides, REVERSE=reverse, WHOLE=whole, **config)
+    _ends[(batch * chunks * blocks,)](
+        *given, *sizes, *strides, HALVES=halves, REVERSE=reverse, WHOLE=whole, **config
+    )
     return ends, spans
+
+
+def _share(chunks: int, chunk: int) -> tuple[int, int]:
+    """Return in how many parts `_ends` does a chunk, and how many tokens a program takes.
+
+    Two parts give all programs the same share, 1/chunks less than a chunk, and every chunk one more
+    part to join, which takes as long as a few tokens.
+    """
+    if chunks * chunks < chunk // 2:
+        return 2, triton.cdiv((chunks - 1) * chunk, 16 * chunks) * 16
+    return 1, chunk
 
 
 def _run_backward(x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, dt_softplus, exact):
@@ -181,7 +198,8 @@ def _run_gluon_backward(x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, dt_s
         given = x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, ends, spans, scratch
         strides = *_strides(x), *_strides(dt), *_strides(z), *_strides(dy)
         gluon.backward[(programs,)](
-            *given, *results, length, chunk, d_inner, *strides, SOFTPLUS=dt_softplus,
+            *given, *results, length, chunk, d_inner, *strides,
+            HALVES=ends.shape[2] if chunks > 1 else 0, SOFTPLUS=dt_softplus,
             TILE=gluon.TILE, SECTION=gluon.SECTION, STAGES=gluon.STAGES, num_warps=gluon.WARPS,
         )  # fmt: skip
     return results
@@ -350,8 +368,8 @@ def _forward(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, h0_ptr, ends_ptr, spans_ptr,
     y_ptr, starts_ptr, last_ptr,
     length, chunk, d_inner, d_state, x_batch, x_row, dt_batch, dt_row, z_batch, z_row,
-    EVERY: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
+    HALVES: tl.constexpr, EVERY: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """A: (d_state, d_inner); h0, ends, starts, last: (batch, …, d_state, d_inner), float32."""
     chunks = tl.cdiv(length, chunk)
@@ -371,9 +389,10 @@ def _forward(
         h = tl.load(h0_ptr + batch * size + at, square, 0.0)
     if ends_ptr is not None:
         for earlier in range(part):
-            slot = batch * (chunks - 1) + earlier
-            span = tl.load(spans_ptr + slot * d_inner + d[None, None, :], real[:, None, :], 0.0)
-            h = tl.exp2(span * A2) * h + tl.load(ends_ptr + slot * size + at, square, 0.0)
+            for half in tl.static_range(HALVES):
+                slot = HALVES * (batch * (chunks - 1) + earlier) + half
+                span = tl.load(spans_ptr + slot * d_inner + d[None, None, :], real[:, None, :], 0.0)
+                h = tl.exp2(span * A2) * h + tl.load(ends_ptr + slot * size + at, square, 0.0)
     skip = tl.load(D_ptr + d[None, :], real, 0.0) if D_ptr is not None else 0.0
     bias = tl.load(bias_ptr + d[None, :], real, 0.0) if bias_ptr is not None else 0.0
     # Tokens are counted from the first of the chunk, so that offsets fit 32 bits.
@@ -419,64 +438,77 @@ def _forward(
 
 @triton.jit
 def _ends(
-    u_ptr, dt_ptr, A_ptr, V_ptr, z_ptr, bias_ptr, ends_ptr, spans_ptr,
+    u_ptr, dt_ptr, A_ptr, V_ptr, z_ptr, bias_ptr, ends_ptr, spans_ptr, share,
     length, chunk, d_inner, d_state, u_batch, u_row, dt_batch, dt_row, z_batch, z_row,
-    TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HALVES: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, WHOLE: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """What a chunk gives to the next, from nothing, and its length ΣΔ.
+    """What chunks give to the next, from nothing, and their lengths ΣΔ.
 
     Forwards u = x, V = B and h ← a h + Δ u V, for all chunks but the last. In reverse u = dy,
     V = C and G ← a (G + u silu(z) V), the gradient of the state before; for all but the first.
+
+    One chunk less than there are programs in `_forward`: some schedulers would have one warp, and
+    the others two. So, where it pays, as many programs share the work evenly, `share` tokens each:
+    a program does the tail of one chunk and the head of the next.
     """
     chunks = tl.cdiv(length, chunk)
-    block, part, batch = _place(d_inner, chunks - 1, BLOCK_D)
+    block, part, batch = _place(d_inner, chunks, BLOCK_D)
     t, n = tl.arange(0, TILE)[:, None], tl.arange(0, BLOCK_N)
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     real, states = _below(d[None, :], d_inner, WHOLE), _below(n[None, :], d_state, WHOLE)
     square = states[:, :, None] & real[:, None, :]
     at = tl.multiple_of(n[None, :, None] * d_inner + d[None, None, :], [1, 1, 1])
-    slot = batch * (chunks - 1) + part
-    part += REVERSE
     A = tl.load(A_ptr + at, square, 0.0)
     A2 = A * LOG2E
-    h = tl.zeros([1, BLOCK_N, BLOCK_D], tl.float32)
-    span = tl.zeros([TILE, BLOCK_D], tl.float32)
     bias = tl.load(bias_ptr + d[None, :], real, 0.0) if bias_ptr is not None else 0.0
-    first = part.to(tl.int64) * chunk
-    u_ptr += batch * u_batch + first * u_row
-    dt_ptr += batch * dt_batch + first * dt_row
-    V_ptr += (batch * length + first) * d_state
-    if z_ptr is not None:
-        z_ptr += batch * z_batch + first * z_row
-    tokens = tl.minimum(length - part * chunk, chunk)
-    for start in tl.range(0, tokens, TILE, num_stages=3):
-        row = start + t
+    for half in range(2 - HALVES, 2):
+        begin, end = part * share, part * chunk  # the tail of the chunk before
+        if half == 1:
+            begin, end = end, tl.minimum(begin + share, (chunks - 1) * chunk)
         if REVERSE:
-            row = tokens - 1 - start - t
-        inside = _below(start + t, tokens, WHOLE)
-        u = tl.load(u_ptr + row * u_row + d[None, :], inside & real, 0.0).to(tl.float32)
-        dt = tl.load(dt_ptr + row * dt_row + d[None, :], inside & real, 0.0).to(tl.float32)
-        V = tl.load(V_ptr + row * d_state + n[None, :], inside & states, 0.0)
-        step = _step_size(dt + bias, inside, SOFTPLUS)
-        span += step
-        a = tl.exp2(step[:, None, :] * A2)
-        if REVERSE:
-            if z_ptr is not None:
-                z = tl.load(z_ptr + row * z_row + d[None, :], inside & real, 0.0).to(tl.float32)
-                u *= z * sigmoid(z)
-        else:
-            u *= step
-        b = u[:, None, :] * V[:, :, None]
-        if EXACT and not REVERSE:
-            b *= _exprel(step[:, None, :] * A, a)
-        for k in tl.static_range(TILE):
+            begin, end = chunks * chunk - end, chunks * chunk - begin
+        first = begin.to(tl.int64)
+        u_row_ptr = u_ptr + batch * u_batch + first * u_row
+        dt_row_ptr = dt_ptr + batch * dt_batch + first * dt_row
+        V_row_ptr = V_ptr + (batch * length + first) * d_state
+        if z_ptr is not None:
+            z_row_ptr = z_ptr + batch * z_batch + first * z_row
+        h = tl.zeros([1, BLOCK_N, BLOCK_D], tl.float32)
+        span = tl.zeros([TILE, BLOCK_D], tl.float32)
+        tokens = tl.minimum(end, length) - begin
+        for start in tl.range(0, tokens, TILE, num_stages=3):
+            row = start + t
             if REVERSE:
-                h = _row(a, k) * (h + _row(b, k))
+                row = tokens - 1 - start - t
+            inside = _below(start + t, tokens, WHOLE)
+            u = tl.load(u_row_ptr + row * u_row + d[None, :], inside & real, 0.0).to(tl.float32)
+            dt = tl.load(dt_row_ptr + row * dt_row + d[None, :], inside & real, 0.0)
+            V = tl.load(V_row_ptr + row * d_state + n[None, :], inside & states, 0.0)
+            step = _step_size(dt.to(tl.float32) + bias, inside, SOFTPLUS)
+            span += step
+            a = tl.exp2(step[:, None, :] * A2)
+            if REVERSE:
+                if z_ptr is not None:
+                    z = tl.load(z_row_ptr + row * z_row + d[None, :], inside & real, 0.0)
+                    z = z.to(tl.float32)
+                    u *= z * sigmoid(z)
             else:
-                h = _row(a, k) * h + _row(b, k)
-    tl.store(ends_ptr + slot * d_state * d_inner + at, h, square)
-    tl.store(spans_ptr + slot * d_inner + d[None, :], tl.sum(span, axis=0)[None, :], real)
+                u *= step
+            b = u[:, None, :] * V[:, :, None]
+            if EXACT and not REVERSE:
+                b *= _exprel(step[:, None, :] * A, a)
+            for k in tl.static_range(TILE):
+                if REVERSE:
+                    h = _row(a, k) * (h + _row(b, k))
+                else:
+                    h = _row(a, k) * h + _row(b, k)
+        record = HALVES * part + half - 1
+        known = (record >= 0) & (record < HALVES * (chunks - 1))
+        slot = batch * HALVES * (chunks - 1) + record
+        tl.store(ends_ptr + slot * d_state * d_inner + at, h, known & square)
+        span = tl.sum(span, axis=0)[None, :]
+        tl.store(spans_ptr + slot * d_inner + d[None, :], span, known & real)
 
 
 @triton.jit

@@ -90,12 +90,13 @@ def backward(
     ends_ptr, spans_ptr, scratch_ptr,
     dx_ptr, ddt_ptr, dz_ptr, shared_ptr, own_ptr, dh0_ptr, length, chunk, d_inner,
     x_batch, x_row, dt_batch, dt_row, z_batch, z_row, dy_batch, dy_row,
-    SOFTPLUS: gl.constexpr, TILE: gl.constexpr, SECTION: gl.constexpr, STAGES: gl.constexpr,
+    HALVES: gl.constexpr, SOFTPLUS: gl.constexpr, TILE: gl.constexpr, SECTION: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """A: (d_state, d_inner); starts: (batch, sections, d_state, d_inner), as all states here.
 
-    ends, spans: of `selective_scan._ends`, for each chunk but the first; scratch: a section per
-    program; shared, own: parts of the gradients, as `selective_scan._results` lays them out.
+    ends, spans: of `selective_scan._ends`, HALVES for each chunk but the first; scratch: a section
+    per program; shared, own: parts of the gradients, as `selective_scan._results` lays them out.
     """
     N: gl.constexpr = 16
     W: gl.constexpr = 32 * gl.num_warps()
@@ -125,10 +126,11 @@ def backward(
     if dlast_ptr is not None:
         G = gl.load(dlast_ptr + batch * N * d_inner + at)
     if ends_ptr is not None:
-        for later in range(chunks - 1, part, -1):
-            slot = batch * (chunks - 1) + later - 1
-            span = gl.load(spans_ptr + slot * d_inner + d)
-            G = gl.exp2(span[None, :] * A2) * G + gl.load(ends_ptr + slot * N * d_inner + at)
+        for later in range(chunks - 1 - part):  # of the chunks after this one, the last first
+            for half in gl.static_range(HALVES):
+                slot = HALVES * (batch * (chunks - 1) + later) + half
+                span = gl.load(spans_ptr + slot * d_inner + d)
+                G = gl.exp2(span[None, :] * A2) * G + gl.load(ends_ptr + slot * N * d_inner + at)
     skip = 0.0
     if D_ptr is not None:
         skip = gl.load(D_ptr + d)
