@@ -25,9 +25,11 @@ exp(A ΣΔ), so nothing else has to be kept. Each program of the forward pass jo
 before it give, which is the scan once more, over chunks. This costs nearly every exponential twice.
 
 **Backward.** The forward pass writes down some of the states, and the backward pass computes the
-others once more (`_backward`; on a GPU `selective_scan_backward`, where it applies). Sums over
-channels, for B and C, are written per program and added up afterwards (`_add_up`), so that two runs
-give the same bits.
+others once more (`_backward`). Sums over channels, for B and C, are written per program and added
+up afterwards (`_add_up`), so that two runs give the same bits.
+
+Both passes have a twin in Gluon, for 16 states, B by Euler's rule, and Ampere or later (`_takes`):
+`selective_scan_forward`, where the length need not be cut, and `selective_scan_backward`.
 
 A short sequence is over as soon as kernels are started. So what is needed before and after, float32
 copies of B and C, A turned, and sums, takes one kernel before and two after.
@@ -38,13 +40,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_tutorial.kernels import selective_scan_backward as gluon
+from mamba_tutorial.kernels import selective_scan_backward as gluon_backward
+from mamba_tutorial.kernels import selective_scan_forward as gluon_forward
 from mamba_tutorial.kernels._gates import LOG2E, sigmoid, softplus
+from mamba_tutorial.kernels._gluon import runs_on
 from mamba_tutorial.kernels._launch import multiprocessors, on
 
 LANES = 32
 BACKWARD_D = 8  # channels of a program of `_backward`
-RESIDENT = 8  # warps of the forward pass for each multiprocessor, where the length is cut
+RESIDENT = 8  # programs of `_forward` for each multiprocessor, where the length is cut
+SECTION = gluon_backward.SECTION
 
 
 class SelectiveScan(torch.autograd.Function):
@@ -62,11 +67,11 @@ class SelectiveScan(torch.autograd.Function):
         x, dt, z, B, C = (_rows(tensor) for tensor in (x, dt, z, B, C))
         D, dt_bias, h0 = (_float(tensor) for tensor in (D, dt_bias, h0))
         A, B, C = _prepared(A, B, C)
-        ctx.gluon = gluon.takes(x, [x, dt, z], A.shape[0], exact)
+        ctx.gluon = _takes(gluon_backward, x, dt, z, A, exact)
         ctx.softplus, ctx.exact = dt_softplus, exact
         every = None
         if any(ctx.needs_input_grad):
-            every = gluon.SECTION if ctx.gluon else _tile(A.shape[0])
+            every = SECTION if ctx.gluon else _tile(A.shape[0])
         y, h_last, starts = _run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, every)
         ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, h0, starts)
         return y, h_last
@@ -121,17 +126,23 @@ def _run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, every):
     chunks = triton.cdiv(length, chunk)
     sizes = length, chunk, d_inner, d_state
     config, h0 = _config(d_state, dt_softplus, exact), _transposed(h0)
-    ends = spans = starts = None
+    y, h_last = x.new_empty(x.shape), A.new_empty(batch, d_state, d_inner)
+    starts = A.new_empty(batch, triton.cdiv(length, every), d_state, d_inner) if every else None
+    given = x, dt, A, B, C, D, z, dt_bias, h0
+    strides = *_strides(x), *_strides(dt), *_strides(z)
     with on(x):
+        whole = chunks == 1 and every in {None, SECTION}
+        if whole and _takes(gluon_forward, x, dt, z, A, exact):
+            gluon_forward.forward[(batch * d_inner // gluon_forward.CHANNELS,)](
+                *given, y, starts, h_last, length, d_inner, *strides,
+                EVERY=every or length, SOFTPLUS=dt_softplus, **gluon_forward.CONFIG,
+            )  # fmt: skip
+            return y, h_last.mT, starts
+        ends = spans = None
         if chunks > 1:
             ends, spans = _run_ends(x, dt, A, B, None, dt_bias, sizes, config, reverse=False)
-        if every:
-            starts = A.new_empty(batch, triton.cdiv(length, every), d_state, d_inner)
-        y, h_last = x.new_empty(x.shape), A.new_empty(batch, d_state, d_inner)
-        given = x, dt, A, B, C, D, z, dt_bias, h0, ends, spans
-        strides = *_strides(x), *_strides(dt), *_strides(z)
         _forward[(batch * chunks * blocks,)](
-            *given, y, starts, h_last, *sizes, *strides,
+            *given, ends, spans, y, starts, h_last, *sizes, *strides,
             HALVES=ends.shape[2] if chunks > 1 else 0, EVERY=every or length, **config,
         )  # fmt: skip
     return y, h_last.mT, starts
@@ -181,26 +192,25 @@ def _run_backward(x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, dt_softplu
 
 def _run_gluon_backward(x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, dt_softplus, exact):
     batch, length, d_inner = x.shape
-    d_state, groups = A.shape[0], d_inner // gluon.CHANNELS
-    if not gluon.takes(x, [dy], d_state, exact):
+    d_state, groups = A.shape[0], d_inner // gluon_backward.CHANNELS
+    if not runs_on(dy):
         dy = dy.contiguous()
-    chunk = _chunk(x, batch * d_inner // LANES, length, enough=8, resident=8)
+    chunk = _chunk(x, batch * groups, length, enough=1, resident=2)
     chunks = triton.cdiv(length, chunk)
-    programs = batch * chunks * groups
-    results = _results(x, dt, A, z, slots=batch * chunks, blocks=groups)
-    tiles = gluon.SECTION // gluon.TILE
-    scratch = A.new_empty(programs, tiles, d_state, gluon.CHANNELS)
+    # two groups of channels share a part of the sums for B and C, which they add to
+    results = _results(x, dt, A, z, slots=batch * chunks, blocks=triton.cdiv(groups, 2))
+    results[3].zero_()
     ends = spans = None
     with on(x):
         if chunks > 1:
             sizes, config = (length, chunk, d_inner, d_state), _config(d_state, dt_softplus, exact)
             ends, spans = _run_ends(dy, dt, A, C, z, dt_bias, sizes, config, reverse=True)
-        given = x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, ends, spans, scratch
+        given = x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, ends, spans
         strides = *_strides(x), *_strides(dt), *_strides(z), *_strides(dy)
-        gluon.backward[(programs,)](
+        gluon_backward.backward[(batch * chunks * groups,)](
             *given, *results, length, chunk, d_inner, *strides,
             HALVES=ends.shape[2] if chunks > 1 else 0, SOFTPLUS=dt_softplus,
-            TILE=gluon.TILE, SECTION=gluon.SECTION, STAGES=gluon.STAGES, num_warps=gluon.WARPS,
+            **gluon_backward.CONFIG,
         )  # fmt: skip
     return results
 
@@ -236,6 +246,12 @@ def _config(d_state: int, dt_softplus: bool, exact: bool) -> dict:
     }
 
 
+def _takes(kernel, x, dt, z, A, exact: bool) -> bool:
+    """Say whether a kernel in Gluon, which is written for some sizes, can do this."""
+    whole = x.shape[-1] % kernel.CHANNELS == 0
+    return A.shape[0] == 16 and not exact and whole and runs_on(x, dt, z)
+
+
 def _whole(sizes: tuple[int, int, int, int], config: dict) -> bool:
     """Say whether every tile is full, so that nothing has to be masked."""
     length, _, d_inner, d_state = sizes
@@ -244,14 +260,14 @@ def _whole(sizes: tuple[int, int, int, int], config: dict) -> bool:
 
 
 def _chunk(x: Tensor, rows: int, length: int, enough: int, resident: int) -> int:
-    """Return the tokens of a program.
+    """Return the tokens of a program, of which there is one for each row and chunk.
 
-    All of them, if there are `enough` rows, which are warps, for each multiprocessor; else as many
-    as make `resident` warps for each.
+    All of them, if there are `enough` rows for each multiprocessor; else as many as make `resident`
+    programs for each.
     """
     size = multiprocessors(x)
     parts = 1 if rows >= enough * size else max(1, resident * size // rows)
-    return triton.cdiv(triton.cdiv(length, parts), gluon.SECTION) * gluon.SECTION
+    return triton.cdiv(triton.cdiv(length, parts), SECTION) * SECTION
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:

@@ -1,93 +1,108 @@
-"""The backward pass of the selective scan in Gluon, where each thread's registers are laid out.
+"""The backward pass of the selective scan in Gluon.
 
-Plain Triton decides by itself which thread holds which number. For the backward pass that choice is
-worth a factor of three: sums over the states should stay within a thread, sums over the channels
-should go through shared memory, and Triton's own layout does neither. Gluon is the same compiler
-with the layouts written down. It has no interpreter, so `selective_scan` keeps a plain Triton
-backward pass for everything that this one does not take (see `takes`); tests hold them together.
+Four warps share 64 channels and a chunk of the length. A thread holds four states of two
+neighbouring channels: so B and C, which belong to states, are read once for two channels, and Δ and
+what comes with it, which belong to channels, once for four states. Reading from shared memory is
+what limits this kernel, next to the instructions themselves.
 
-A program takes 32 channels per warp and a chunk of the length; a thread owns one channel with all
-16 states. Going backwards needs the states, which the forward pass did not keep. So:
+Going backwards needs the states, which the forward pass did not keep. So:
 
 1. G, the gradient that reaches the state at the chunk's end, is joined from what later chunks give.
-2. The chunk is cut into sections. The forward pass wrote down the state before each section.
-   Going forwards once, the state before every tile of 4 tokens is written to a scratch buffer,
-   small enough to stay in the cache.
+2. The chunk is cut into sections. The forward pass wrote down the state before each section. Going
+   forwards once, the state before every tile of 8 tokens is put into shared memory.
 3. Tile by tile, from the last to the first: forwards through the tile, keeping in registers the
-   4 · 16 decays and the 4 · 16 states before each token; then backwards,
+   decays and the states before each token, 64 of each; then backwards,
 
        g_t = dy_t C_t + G,   G ← a_t g_t,   dΔ_t = Σ_n A G h_{t−1} + …,   dx_t = Δ_t Σ_n g_t B_t
 
-   What B and C receive, g_t Δ_t x_t and h_t dy_t, is summed over the channels of the program
-   through shared memory, and written as one part per program. Adding the parts up is left to
-   PyTorch, so that two runs give the same bits.
+Three sums run over the states, for y (which the gate's gradient needs), Δ and x. A thread adds its
+four states up, the rest goes through shared memory, to where one thread does everything that
+belongs to a channel and a token alone. Two sums run over the channels, for B and C. A thread adds
+its two channels up, the rest goes through shared memory, and for the channels of other programs
+through memory.
 
-Copies of the next tiles run while one is computed (`cp.async`, three tiles deep).
+There, two programs share a part of the sum, and add to it at once, in whichever order. With two
+addends on top of zero that is no matter: (0 + u) + v = (0 + v) + u to the bit. With three it
+would be, so each pair has a part of its own, and a last kernel adds the parts up in their order.
+
+A section is a row of steps, forwards through all tiles but the last and backwards through all of
+them. What a step needs is ordered STAGES − 1 steps before, also across the border of two sections.
 """
 
-import torch
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from mamba_tutorial.kernels._gates import LOG2E, gluon_sigmoid, gluon_softplus
+from mamba_tutorial.kernels._gates import LOG2E
+from mamba_tutorial.kernels._gluon import order, sigmoid, softplus, stack
 
-D_STATE = 16
-TILE = 4  # tokens whose decays and states lie in registers
+CHANNELS = 64  # of a program
 SECTION = 64  # tokens between two states that the forward pass keeps
-STAGES = 3  # tiles on their way or in use
-WARPS = 2
-CHANNELS = 32 * WARPS  # of a program
+CONFIG = {"TILE": 8, "SECTION": SECTION, "STAGES": 3, "num_warps": 4}
 
-LN2 = tl.constexpr(0.6931471805599453)
+LN2 = gl.constexpr(0.6931471805599453)
 
 
-def takes(x: torch.Tensor, rows: list[torch.Tensor | None], d_state: int, exact: bool) -> bool:
-    """Say whether this kernel can run: on Ampere or later, with the sizes it is written for.
+@gluon.jit
+def _order_step(buffers, ptrs, strides, first, index, stop, slot, COUNT: gl.constexpr,
+                TILE: gl.constexpr, TILES: gl.constexpr):  # fmt: skip
+    """Begin to copy what step `index` needs, of the section from `first` on or of the one before.
 
-    Copies move four numbers of a row at a time, so rows must start where that is allowed.
+    Steps 0 … TILES − 2 are tiles forwards, TILES − 1 … 2 TILES − 2 all tiles backwards.
     """
-    aligned = all(
-        row is None
-        or (row.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in row.stride()[:2]))
-        for row in rows
-    )
-    return (
-        x.is_cuda
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
-        and d_state == D_STATE
-        and not exact
-        and x.shape[-1] % CHANNELS == 0
-        and aligned
-    )
+    over = index >= 2 * TILES - 1
+    first = gl.where(over, first - TILES * TILE, first)
+    index = gl.where(over, index - (2 * TILES - 1), index)
+    tile = gl.where(index < TILES, index, 2 * TILES - 2 - index)
+    order(buffers, ptrs, strides, first + tile * TILE, stop, slot, COUNT)
 
 
 @gluon.jit
-def _step_size(dt, SOFTPLUS: gl.constexpr):
-    return gluon_softplus(dt) if SOFTPLUS else dt
+def _of_channels(row):
+    """Make [L, CH] into [1, 1, L, CH]."""
+    return gl.expand_dims(gl.expand_dims(row, 0), 1)
 
 
 @gluon.jit
-def _fetch(buffer, ptr, row, low, high, stride):
-    """Begin to copy rows row, row + 1, … into the buffer; rows outside [low, high) become zero."""
-    ROWS: gl.constexpr = buffer.shape[0]
-    COLUMNS: gl.constexpr = buffer.shape[1]
-    LANES: gl.constexpr = 32 if COLUMNS > 128 else COLUMNS // 4
-    LAYOUT: gl.constexpr = gl.BlockedLayout(
-        [1, 4], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0]
-    )
-    r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-    c = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    inside = ((r >= low - row) & (r < high - row))[:, None] & (c >= 0)
-    at = ptr + row * stride + r[:, None] * stride + c
-    async_copy.async_copy_global_to_shared(buffer, at, mask=inside)
+def _of_states(row):
+    """Make [P, S] into [P, S, 1, 1]."""
+    return gl.expand_dims(gl.expand_dims(row, 2), 3)
+
+
+@gluon.jit
+def _by_states(parts, TURNED: gl.constexpr, TILE: gl.constexpr):
+    """Put TILE tensors [P, L, CH], sums over a thread's states, into shared memory."""
+    P: gl.constexpr = parts[0].shape[0]
+    L: gl.constexpr = parts[0].shape[1]
+    CH: gl.constexpr = parts[0].shape[2]
+    tile = stack(parts, TILE).reshape([P, L, CH, TILE])
+    return gl.allocate_shared_memory(gl.float32, [P, L, CH, TILE], TURNED, tile)
+
+
+@gluon.jit
+def _by_channels(parts, SPREAD: gl.constexpr, TILE: gl.constexpr):
+    """Put TILE tensors [P, S, L], sums over a thread's channels, into shared memory."""
+    P: gl.constexpr = parts[0].shape[0]
+    S: gl.constexpr = parts[0].shape[1]
+    L: gl.constexpr = parts[0].shape[2]
+    tile = stack(parts, TILE).reshape([P, S, L, TILE]).permute([3, 0, 1, 2])
+    rows = tile.reshape([TILE * P * S, L])
+    return gl.allocate_shared_memory(gl.float32, [TILE * P * S, L], SPREAD, rows)
+
+
+@gluon.jit
+def _over_states(buffer, PARTS: gl.constexpr, CUBE: gl.constexpr):
+    """Σ over all states: [TILE, W]."""
+    P: gl.constexpr = buffer.shape[0]
+    W: gl.constexpr = buffer.shape[1] * buffer.shape[2]
+    cube = buffer._reinterpret(gl.float32, [buffer.shape[3], P, W], CUBE)
+    return gl.sum(cube.load(PARTS), axis=1)
 
 
 @gluon.jit
 def backward(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, starts_ptr, dy_ptr, dlast_ptr,
-    ends_ptr, spans_ptr, scratch_ptr,
+    ends_ptr, spans_ptr,
     dx_ptr, ddt_ptr, dz_ptr, shared_ptr, own_ptr, dh0_ptr, length, chunk, d_inner,
     x_batch, x_row, dt_batch, dt_row, z_batch, z_row, dy_batch, dy_row,
     HALVES: gl.constexpr, SOFTPLUS: gl.constexpr, TILE: gl.constexpr, SECTION: gl.constexpr,
@@ -95,19 +110,27 @@ def backward(
 ):  # fmt: skip
     """A: (d_state, d_inner); starts: (batch, sections, d_state, d_inner), as all states here.
 
-    ends, spans: of `selective_scan._ends`, HALVES for each chunk but the first; scratch: a section
-    per program; shared, own: parts of the gradients, as `selective_scan._results` lays them out.
+    ends, spans: of `selective_scan._ends`, HALVES for each chunk but the first; shared, own: parts
+    of the gradients, as `selective_scan._results` lays them out.
     """
     N: gl.constexpr = 16
-    W: gl.constexpr = 32 * gl.num_warps()
-    # a thread's registers run along the states, lanes and warps along the channels
-    STATE: gl.constexpr = gl.BlockedLayout([N, 1], [1, 32], [1, gl.num_warps()], [0, 1])
-    OVER_N: gl.constexpr = gl.SliceLayout(0, STATE)  # a number per channel
-    OVER_D: gl.constexpr = gl.SliceLayout(1, STATE)  # a number per state, the same in all lanes
-    # to sum over the channels: a thread's registers along the channels of two rows
-    SUM: gl.constexpr = gl.BlockedLayout([1, W], [32, 1], [gl.num_warps(), 1], [0, 1])
+    S: gl.constexpr = 4  # states of a thread
+    CH: gl.constexpr = 2  # channels of a thread
+    P: gl.constexpr = N // S  # threads of a channel: two neighbouring lanes, in two warps
+    L: gl.constexpr = 32
+    W: gl.constexpr = L * CH
+    STATE: gl.constexpr = gl.BlockedLayout(
+        [1, S, 1, CH], [2, 1, 16, 1], [2, 1, 2, 1], [3, 2, 1, 0]
+    )  # [P, S, L, CH]
+    OVER_D: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, STATE))
+    OVER_N: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, STATE))
+    # [TILE, P, W], to sum over P: four neighbouring channels of a token in a thread
+    PARTS: gl.constexpr = gl.BlockedLayout([1, P, 4], [2, 1, 16], [4, 1, 1], [2, 1, 0])
+    PAIR: gl.constexpr = gl.SliceLayout(1, PARTS)  # [TILE, W]
+    SUM: gl.constexpr = gl.BlockedLayout([1, L], [32, 1], [4, 1], [1, 0])  # [TILE · N, L]
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    CUBE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    TURNED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0, 3])  # CUBE with TILE last
     SPREAD: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])  # no bank conflicts either way
 
     groups, chunks = d_inner // W, gl.cdiv(length, chunk)
@@ -115,176 +138,177 @@ def backward(
     part = gl.program_id(0) // groups % chunks
     batch = (gl.program_id(0) // groups // chunks).to(gl.int64)
     batches = gl.num_programs(0) // groups // chunks
-    n = gl.arange(0, N, layout=OVER_D)
-    own = gl.arange(0, W, layout=OVER_N)
-    d = group * W + own
-    at = n[:, None] * d_inner + d[None, :]
-    here = n[:, None] * W + own[None, :]
+    p = gl.arange(0, P, layout=gl.SliceLayout(1, OVER_N))
+    s = gl.arange(0, S, layout=gl.SliceLayout(0, OVER_N))
+    pair = gl.arange(0, L, layout=gl.SliceLayout(1, OVER_D))
+    one = gl.arange(0, CH, layout=gl.SliceLayout(0, OVER_D))
+    n, d = p[:, None] * S + s[None, :], group * W + pair[:, None] * CH + one[None, :]
+    at, size = _of_states(n) * d_inner + _of_channels(d), N * d_inner
 
     A2 = gl.load(A_ptr + at) * LOG2E
-    G = gl.zeros([N, W], gl.float32, STATE)
+    G = gl.zeros([P, S, L, CH], gl.float32, STATE)
     if dlast_ptr is not None:
-        G = gl.load(dlast_ptr + batch * N * d_inner + at)
+        G = gl.load(dlast_ptr + batch * size + at)
     if ends_ptr is not None:
         for later in range(chunks - 1 - part):  # of the chunks after this one, the last first
             for half in gl.static_range(HALVES):
-                slot = HALVES * (batch * (chunks - 1) + later) + half
-                span = gl.load(spans_ptr + slot * d_inner + d)
-                G = gl.exp2(span[None, :] * A2) * G + gl.load(ends_ptr + slot * N * d_inner + at)
-    skip = 0.0
+                record = HALVES * (batch * (chunks - 1) + later) + half
+                span = _of_channels(gl.load(spans_ptr + record * d_inner + d))
+                G = gl.exp2(span * A2) * G + gl.load(ends_ptr + record * size + at)
+    row = gl.arange(0, TILE, layout=gl.SliceLayout(1, PAIR))[:, None]
+    col = group * W + gl.arange(0, W, layout=gl.SliceLayout(0, PAIR))
+    skip, bias = gl.zeros([1, W], gl.float32, PAIR), gl.zeros([1, W], gl.float32, PAIR)
     if D_ptr is not None:
-        skip = gl.load(D_ptr + d)
-    bias = 0.0
+        skip = gl.load(D_ptr + col)[None, :]
     if bias_ptr is not None:
-        bias = gl.load(bias_ptr + d)
+        bias = gl.load(bias_ptr + col)[None, :]
 
     xs = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [STAGES, TILE, W], PLAIN)
     dts = gl.allocate_shared_memory(dt_ptr.dtype.element_ty, [STAGES, TILE, W], PLAIN)
     dys = gl.allocate_shared_memory(dy_ptr.dtype.element_ty, [STAGES, TILE, W], PLAIN)
     Bs = gl.allocate_shared_memory(gl.float32, [STAGES, TILE, N], PLAIN)
     Cs = gl.allocate_shared_memory(gl.float32, [STAGES, TILE, N], PLAIN)
-    hs = gl.allocate_shared_memory(gl.float32, [STAGES, N, W], PLAIN)
-    to_B = gl.allocate_shared_memory(gl.float32, [TILE * N, W], SPREAD)
-    to_C = gl.allocate_shared_memory(gl.float32, [TILE * N, W], SPREAD)
-    # the same memory, row by row
-    x_rows = xs._reinterpret(x_ptr.dtype.element_ty, [STAGES * TILE, W], LINE)
-    dt_rows = dts._reinterpret(dt_ptr.dtype.element_ty, [STAGES * TILE, W], LINE)
-    dy_rows = dys._reinterpret(dy_ptr.dtype.element_ty, [STAGES * TILE, W], LINE)
-    B_rows = Bs._reinterpret(gl.float32, [STAGES * TILE, N], LINE)
-    C_rows = Cs._reinterpret(gl.float32, [STAGES * TILE, N], LINE)
+    B_rows = Bs._reinterpret(gl.float32, [STAGES * TILE, P, S], PLAIN)
+    C_rows = Cs._reinterpret(gl.float32, [STAGES * TILE, P, S], PLAIN)
+    steps = gl.allocate_shared_memory(gl.float32, [TILE, W], PLAIN)
+    drives = gl.allocate_shared_memory(gl.float32, [TILE, W], PLAIN)
+    upstreams = gl.allocate_shared_memory(gl.float32, [TILE, W], PLAIN)
+    step_rows = steps._reinterpret(gl.float32, [TILE, L, CH], PLAIN)
+    drive_rows = drives._reinterpret(gl.float32, [TILE, L, CH], PLAIN)
+    upstream_rows = upstreams._reinterpret(gl.float32, [TILE, L, CH], PLAIN)
+    TILES: gl.constexpr = SECTION // TILE
+    KEPT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
+    kept = gl.allocate_shared_memory(gl.float32, [TILES, P, S, L, CH], KEPT)
+
+    tokens = batch * length
+    buffers, strides = (xs, dts, Bs, dys, Cs), (x_row, dt_row, N, dy_row, N)
+    ptrs = (
+        x_ptr + batch * x_batch + group * W, dt_ptr + batch * dt_batch + group * W,
+        B_ptr + tokens * N, dy_ptr + batch * dy_batch + group * W, C_ptr + tokens * N,
+    )  # fmt: skip
+    COUNT: gl.constexpr = 5 if z_ptr is None else 6
     if z_ptr is not None:
         zs = gl.allocate_shared_memory(z_ptr.dtype.element_ty, [STAGES, TILE, W], PLAIN)
-        z_rows = zs._reinterpret(z_ptr.dtype.element_ty, [STAGES * TILE, W], LINE)
+        buffers, strides = buffers + (zs,), strides + (z_row,)
+        ptrs = ptrs + (z_ptr + batch * z_batch + group * W,)
+    starts_ptr += batch * gl.cdiv(length, SECTION) * size
+    rows = (batches * length).to(gl.int64)
+    dB_ptr = shared_ptr + (group // 2 * 2 * rows + tokens) * N
+    dC_ptr = dB_ptr + rows * N
 
-    dA = gl.zeros([N, W], gl.float32, STATE)
-    dD = gl.zeros([W], gl.float32, OVER_N)
-    dbias = gl.zeros([W], gl.float32, OVER_N)
-    scratch = scratch_ptr + gl.program_id(0).to(gl.int64) * (SECTION // TILE * N * W)
-    sections = gl.cdiv(length, SECTION)
+    dA = gl.zeros([P, S, L, CH], gl.float32, STATE)
+    dD, dbias = gl.zeros([TILE, W], gl.float32, PAIR), gl.zeros([TILE, W], gl.float32, PAIR)
     begin, stop = part * chunk, gl.minimum(part * chunk + chunk, length)
-    for section in range((stop - 1) // SECTION, begin // SECTION - 1, -1):
-        # Everything below counts tokens from the section's first, in 32 bits.
-        first = section.to(gl.int64) * SECTION
-        token = batch * length + first
-        x, dt = x_ptr + batch * x_batch + group * W, dt_ptr + batch * dt_batch + group * W
-        x, dt = x + first * x_row, dt + first * dt_row
-        dy = dy_ptr + batch * dy_batch + first * dy_row + group * W
-        B, C = B_ptr + token * N, C_ptr + token * N
-        dx, ddt = dx_ptr + token * d_inner, ddt_ptr + token * d_inner
-        rows = (batches * length).to(gl.int64)
-        dB = shared_ptr + (group * 2 * rows + token) * N
-        dC = dB + rows * N
-        if z_ptr is not None:
-            z = z_ptr + batch * z_batch + first * z_row + group * W
-            dz = dz_ptr + token * d_inner
-        tokens = gl.minimum(stop - section * SECTION, SECTION)
-        tiles = gl.cdiv(tokens, TILE)
-
+    last = (stop - 1) // SECTION * SECTION
+    for e in gl.static_range(STAGES - 1):
+        _order_step(buffers, ptrs, strides, last, e, stop, e, COUNT, TILE, TILES)
+    slot = 0
+    for first in range(last, begin - 1, -SECTION):
         # forwards: the state before each tile
-        h = gl.load(starts_ptr + (batch * sections + section) * N * d_inner + at)
-        for i in gl.static_range(STAGES - 1):
-            _fetch(xs.index(i), x, i * TILE, 0, tokens, x_row)
-            _fetch(dts.index(i), dt, i * TILE, 0, tokens, dt_row)
-            _fetch(Bs.index(i), B, i * TILE, 0, tokens, N)
-            async_copy.commit_group()
-        for i in range(tiles - 1):
-            gl.store(scratch + i * N * W + here, h)
+        h = gl.load(starts_ptr + (first // SECTION).to(gl.int64) * size + at)
+        for i in range(TILES - 1):
+            kept.index(i).store(h)
             async_copy.wait_group(STAGES - 2)
-            slot, ahead = (i + STAGES - 1) % STAGES, (i + STAGES - 1) * TILE
-            _fetch(xs.index(slot), x, ahead, 0, tokens, x_row)
-            _fetch(dts.index(slot), dt, ahead, 0, tokens, dt_row)
-            _fetch(Bs.index(slot), B, ahead, 0, tokens, N)
-            async_copy.commit_group()
-            slot = (i % STAGES) * TILE
+            step = dts.index(slot).load(PAIR).to(gl.float32) + bias
+            if SOFTPLUS:
+                step = softplus(step)
+            steps.store(step)
+            drives.store(step * xs.index(slot).load(PAIR).to(gl.float32))
+            free, ahead = gl.where(slot == 0, STAGES - 1, slot - 1), i + STAGES - 1
+            _order_step(buffers, ptrs, strides, first, ahead, stop, free, COUNT, TILE, TILES)
             for k in gl.static_range(TILE):
-                step = dt_rows.index(slot + k).load(OVER_N).to(gl.float32) + bias
-                step = _step_size(step, SOFTPLUS)
-                drive = step * x_rows.index(slot + k).load(OVER_N).to(gl.float32)
-                a = gl.exp2(step[None, :] * A2)
-                h = a * h + drive[None, :] * B_rows.index(slot + k).load(OVER_D)[:, None]
-        gl.store(scratch + (tiles - 1) * N * W + here, h)
-        async_copy.wait_group(0)  # and a barrier, so that other threads' copies see the scratch
+                step_k = _of_channels(step_rows.index(k).load(OVER_D))
+                drive_k = _of_channels(drive_rows.index(k).load(OVER_D))
+                B_k = _of_states(B_rows.index(slot * TILE + k).load(OVER_N))
+                h = gl.fma(gl.exp2(step_k * A2), h, drive_k * B_k)
+            slot = gl.where(slot + 1 == STAGES, 0, slot + 1)
+        kept.index(TILES - 1).store(h)
 
         # backwards, from the last tile to the first
-        for i in gl.static_range(STAGES - 1):
-            tile = tiles - 1 - i
-            _fetch(hs.index(i), scratch, tile * N, 0, SECTION // TILE * N, W)
-            _fetch(xs.index(i), x, tile * TILE, 0, tokens, x_row)
-            _fetch(dts.index(i), dt, tile * TILE, 0, tokens, dt_row)
-            _fetch(dys.index(i), dy, tile * TILE, 0, tokens, dy_row)
-            _fetch(Bs.index(i), B, tile * TILE, 0, tokens, N)
-            _fetch(Cs.index(i), C, tile * TILE, 0, tokens, N)
-            if z_ptr is not None:
-                _fetch(zs.index(i), z, tile * TILE, 0, tokens, z_row)
-            async_copy.commit_group()
-        for i in range(tiles):
-            row = (tiles - 1 - i) * TILE
+        for i in range(TILES - 1, 2 * TILES - 1):
+            start = first + (2 * TILES - 2 - i) * TILE
+            inside = (start + row < stop) & (col >= 0)[None, :]
             async_copy.wait_group(STAGES - 2)
-            slot, ahead = (i + STAGES - 1) % STAGES, row - (STAGES - 1) * TILE
-            _fetch(hs.index(slot), scratch, ahead // TILE * N, 0, SECTION // TILE * N, W)
-            _fetch(xs.index(slot), x, ahead, 0, tokens, x_row)
-            _fetch(dts.index(slot), dt, ahead, 0, tokens, dt_row)
-            _fetch(dys.index(slot), dy, ahead, 0, tokens, dy_row)
-            _fetch(Bs.index(slot), B, ahead, 0, tokens, N)
-            _fetch(Cs.index(slot), C, ahead, 0, tokens, N)
+            x = xs.index(slot).load(PAIR).to(gl.float32)
+            dy = dys.index(slot).load(PAIR).to(gl.float32)
+            step = dts.index(slot).load(PAIR).to(gl.float32) + bias
+            if SOFTPLUS:
+                step = softplus(step)
+            step = gl.where(inside, step, 0.0)
+            steps.store(step)
+            drives.store(step * x)
+            upstream = dy
             if z_ptr is not None:
-                _fetch(zs.index(slot), z, ahead, 0, tokens, z_row)
-            async_copy.commit_group()
-            h = hs.index(i % STAGES).load(STATE)
-            slot = (i % STAGES) * TILE
-            before, decays, steps, upstream = (), (), (), ()
+                z = zs.index(slot).load(PAIR).to(gl.float32)
+                gate = sigmoid(z)
+                upstream = dy * z * gate
+            upstreams.store(upstream)
+            free, ahead = gl.where(slot == 0, STAGES - 1, slot - 1), i + STAGES - 1
+            _order_step(buffers, ptrs, strides, first, ahead, stop, free, COUNT, TILE, TILES)
+
+            h = kept.index(2 * TILES - 2 - i).load(STATE)
+            before, decays, ys, dCs = (), (), (), ()
             for k in gl.static_range(TILE):
-                inside = row + k < tokens
-                step = dt_rows.index(slot + k).load(OVER_N).to(gl.float32) + bias
-                step = gl.where(inside, _step_size(step, SOFTPLUS), 0.0)
-                x_k = x_rows.index(slot + k).load(OVER_N).to(gl.float32)
-                dy_k = dy_rows.index(slot + k).load(OVER_N).to(gl.float32)
-                B_k = B_rows.index(slot + k).load(OVER_D)[:, None]
-                C_k = C_rows.index(slot + k).load(OVER_D)[:, None]
-                a = gl.exp2(step[None, :] * A2)
+                step_k = _of_channels(step_rows.index(k).load(OVER_D))
+                drive_k = _of_channels(drive_rows.index(k).load(OVER_D))
+                upstream_k = _of_channels(upstream_rows.index(k).load(OVER_D))
+                B_k = _of_states(B_rows.index(slot * TILE + k).load(OVER_N))
+                C_k = _of_states(C_rows.index(slot * TILE + k).load(OVER_N))
+                a = gl.exp2(step_k * A2)
                 before, decays = before + (h,), decays + (a,)
-                h = a * h + (step * x_k)[None, :] * B_k
+                h = gl.fma(a, h, drive_k * B_k)
                 if z_ptr is not None:
-                    z_k = z_rows.index(slot + k).load(OVER_N).to(gl.float32)
-                    s = gluon_sigmoid(z_k)
-                    y = gl.sum(h * C_k, axis=0) + skip * x_k
-                    dz_k = dy_k * y * s * (1 + z_k * (1 - s))
-                    mask = (own >= 0) & inside
-                    gl.store(dz + (row + k) * d_inner + d, dz_k.to(dz.dtype.element_ty), mask)
-                    dy_k *= z_k * s
-                steps, upstream = steps + (step,), upstream + (dy_k,)
-                dD += dy_k * x_k
-                to_C.slice(k * N, N, 0).store(h * dy_k[None, :])
+                    ys = ys + (gl.sum(h * C_k, axis=1),)
+                dCs = dCs + (gl.sum(h * upstream_k, axis=3),)
+            out = start.to(gl.int64) * d_inner + row * d_inner + col[None, :] + tokens * d_inner
+            line = gl.arange(0, TILE * N, layout=gl.SliceLayout(1, SUM))
+            real, line = line < (stop - start) * N, start.to(gl.int64) * N + line
+            for_C = _by_channels(dCs, SPREAD, TILE)
+            if z_ptr is not None:
+                for_y = _by_states(ys, TURNED, TILE)
+                y = _over_states(for_y, PARTS, CUBE) + skip * x
+                dz = dy * y * gate * (1 + z * (1 - gate))
+                gl.store(dz_ptr + out, dz.to(dz_ptr.dtype.element_ty), inside)
+            dC = gl.sum(for_C.load(SUM), axis=1)
+            gl.atomic_add(dC_ptr + line, dC, real, sem="relaxed")
+
+            dxs, dsteps, dBs = (), (), ()
             for k in gl.static_range(TILE - 1, -1, -1):
-                step, dy_k = steps[k], upstream[k]
-                x_k = x_rows.index(slot + k).load(OVER_N).to(gl.float32)
-                B_k = B_rows.index(slot + k).load(OVER_D)[:, None]
-                C_k = C_rows.index(slot + k).load(OVER_D)[:, None]
-                g = dy_k[None, :] * C_k + G
+                step_k = _of_channels(step_rows.index(k).load(OVER_D))
+                drive_k = _of_channels(drive_rows.index(k).load(OVER_D))
+                upstream_k = _of_channels(upstream_rows.index(k).load(OVER_D))
+                B_k = _of_states(B_rows.index(slot * TILE + k).load(OVER_N))
+                C_k = _of_states(C_rows.index(slot * TILE + k).load(OVER_N))
+                g = gl.fma(upstream_k, C_k, G)
                 G = decays[k] * g
                 dlog = G * before[k]  # the gradient of Δ A
-                dA += dlog * step[None, :]
-                ddrive = gl.sum(g * B_k, axis=0)
-                dstep = gl.sum(dlog * A2, axis=0) * LN2 + ddrive * x_k
-                to_B.slice(k * N, N, 0).store(g * (step * x_k)[None, :])
-                if SOFTPLUS:
-                    dstep *= gluon_sigmoid(
-                        dt_rows.index(slot + k).load(OVER_N).to(gl.float32) + bias
-                    )
-                mask = (own >= 0) & (row + k < tokens)
-                dstep = gl.where(mask, dstep, 0.0)
-                dbias += dstep
-                dx_k = ddrive * step + dy_k * skip
-                gl.store(dx + (row + k) * d_inner + d, dx_k.to(dx.dtype.element_ty), mask)
-                gl.store(ddt + (row + k) * d_inner + d, dstep.to(ddt.dtype.element_ty), mask)
-            line = gl.arange(0, TILE * N, layout=gl.SliceLayout(1, SUM))
-            mask = row * N + line < tokens * N
-            gl.store(dC + row * N + line, gl.sum(to_C.load(SUM), axis=1), mask)
-            gl.store(dB + row * N + line, gl.sum(to_B.load(SUM), axis=1), mask)
-        async_copy.wait_group(0)
+                dA = gl.fma(dlog, step_k, dA)
+                dxs = (gl.sum(g * B_k, axis=1),) + dxs
+                dsteps = (gl.sum(dlog * A2, axis=1),) + dsteps
+                dBs = (gl.sum(g * drive_k, axis=3),) + dBs
+            for_B = _by_channels(dBs, SPREAD, TILE)
+            for_x, for_step = _by_states(dxs, TURNED, TILE), _by_states(dsteps, TURNED, TILE)
+            ddrive = _over_states(for_x, PARTS, CUBE)
+            dstep = _over_states(for_step, PARTS, CUBE)
+            dB = gl.sum(for_B.load(SUM), axis=1)
+            gl.atomic_add(dB_ptr + line, dB, real, sem="relaxed")
+            # loaded once more, which costs less than keeping them
+            x, step = xs.index(slot).load(PAIR).to(gl.float32), steps.load(PAIR)
+            upstream = upstreams.load(PAIR)
+            dx = ddrive * step + upstream * skip
+            dstep = dstep * LN2 + ddrive * x
+            if SOFTPLUS:
+                dstep *= sigmoid(dts.index(slot).load(PAIR).to(gl.float32) + bias)
+            dstep = gl.where(inside, dstep, 0.0)
+            dbias += dstep
+            dD += upstream * x
+            gl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), inside)
+            gl.store(ddt_ptr + out, dstep.to(ddt_ptr.dtype.element_ty), inside)
+            slot = gl.where(slot + 1 == STAGES, 0, slot + 1)
+    async_copy.wait_group(0)
     if part == 0:
-        gl.store(dh0_ptr + batch * N * d_inner + at, G)
+        gl.store(dh0_ptr + batch * size + at, G)
     own_ptr += (batch * chunks + part) * (N + 2) * d_inner
     gl.store(own_ptr + at, dA)
-    gl.store(own_ptr + N * d_inner + d, dD)
-    gl.store(own_ptr + (N + 1) * d_inner + d, dbias)
+    gl.store(own_ptr + size + col, gl.sum(dD, axis=0))
+    gl.store(own_ptr + size + d_inner + col, gl.sum(dbias, axis=0))

@@ -1,0 +1,104 @@
+"""What the kernels in Gluon share.
+
+Plain Triton decides by itself which thread holds which number. Gluon is the same compiler with that
+choice, the layout, written down. Where it is worth a factor of two, a kernel is in Gluon. It has no
+interpreter, so each such kernel has a twin in plain Triton, for everything else, which tests hold
+it to.
+"""
+
+from types import FunctionType
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from mamba_tutorial.kernels import _gates
+
+
+def in_gluon(*functions: triton.JITFunction) -> list[triton.JITFunction]:
+    """Return functions written for Triton, of one module, for Gluon; there they call one another.
+
+    In the interpreter, which Gluon does not have, nothing can be called.
+    """
+    plain = [function.fn for function in functions]
+    scope = plain[0].__globals__ | {"tl": gl}
+    for function in plain:
+        copy = FunctionType(function.__code__, scope, function.__name__)
+        copy.__annotations__ = function.__annotations__
+        scope[function.__name__] = gluon.jit(copy)
+    return [scope[function.__name__] for function in plain]
+
+
+softplus, sigmoid = in_gluon(_gates.softplus, _gates.sigmoid)
+
+
+def runs_on(*tensors: Tensor | None) -> bool:
+    """Say whether tiles of these can be copied 16 bytes at a time, on Ampere or later.
+
+    Neighbours along the last axis must be neighbours in memory.
+    """
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device) < (8, 0):
+            return False
+        starts = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
+        if any(start % 16 for start in (tensor.data_ptr(), *starts)):
+            return False
+    return True
+
+
+@gluon.jit
+def fetch(buffer, ptr, low, high, stride, columns):
+    """Begin to copy a tile into the buffer, in pieces of 16 bytes, the largest there are.
+
+    Rows outside [low, high), and columns beyond the last, become zero.
+    """
+    ROWS: gl.constexpr = buffer.shape[0]
+    COLUMNS: gl.constexpr = buffer.shape[1]
+    PIECE: gl.constexpr = 128 // buffer.dtype.primitive_bitwidth
+    LANES: gl.constexpr = 32 if COLUMNS > 32 * PIECE else COLUMNS // PIECE
+    LAYOUT: gl.constexpr = gl.BlockedLayout(
+        [1, PIECE], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0]
+    )
+    r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    c = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    inside = ((r >= low) & (r < high))[:, None] & (c < columns)
+    async_copy.async_copy_global_to_shared(buffer, ptr + r[:, None] * stride + c, mask=inside)
+
+
+@gluon.jit
+def order(buffers, ptrs, strides, first, stop, slot, COUNT: gl.constexpr):
+    """Begin to copy one tile of each of COUNT inputs: the rows from `first` on, before `stop`.
+
+    Zeros where there are no such rows, so also if `first` is negative.
+    """
+    start = gl.maximum(first, 0).to(gl.int64)
+    high = gl.where(first < 0, 0, stop - first)
+    for i in gl.static_range(COUNT):
+        buffer = buffers[i].index(slot)
+        fetch(buffer, ptrs[i] + start * strides[i], 0, high, strides[i], buffer.shape[1])
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _pairs(tensors, HALF: gl.constexpr):
+    joined = ()
+    for i in gl.static_range(HALF):
+        joined = joined + (gl.join(tensors[i], tensors[i + HALF]),)
+    return joined
+
+
+@gluon.jit
+def stack(tensors, COUNT: gl.constexpr):
+    """Put COUNT tensors, 2 to 16 and a power of two, side by side along new last axes of size 2.
+
+    Nothing moves: they lie in the registers of the same threads as before.
+    """
+    for level in gl.static_range(4):
+        if COUNT >> (level + 1) > 0:
+            tensors = _pairs(tensors, COUNT >> (level + 1))
+    return tensors[0]

@@ -1,0 +1,140 @@
+"""The forward pass of the selective scan in Gluon, for many sequences or channels.
+
+`selective_scan._forward` gives a thread one channel with all 16 states. It spends as much time on
+reading B and C from shared memory as on exponentials, and 8 sequences of 2048 channels make no more
+than one warp for each scheduler, which then waits whenever that warp does. Here two warps share 32
+channels, with eight states of each channel in a thread. So there are twice as many warps, and what
+belongs to a channel alone, Δ, Δ x and the gate, is computed once, by one thread for both warps. It
+goes through shared memory, and so do the two halves of y.
+
+A tile of TILE tokens takes three steps, with a barrier after each:
+
+1. Δ and Δ x of the tile, from the copies that have arrived, and an order for the tile STAGES − 1
+   further on;
+2. all decays first, so that many exponentials are under way at once, then the recurrence;
+3. y = Σ_n C h + D x, gated.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from mamba_tutorial.kernels._gates import LOG2E
+from mamba_tutorial.kernels._gluon import order, sigmoid, softplus, stack
+
+CHANNELS = 32  # of a program
+CONFIG = {"TILE": 16, "STAGES": 3, "num_warps": 2}
+
+
+@gluon.jit
+def forward(
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, h0_ptr, y_ptr, starts_ptr, last_ptr,
+    length, d_inner, x_batch, x_row, dt_batch, dt_row, z_batch, z_row,
+    EVERY: gl.constexpr, SOFTPLUS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A: (d_state, d_inner); B, C: contiguous; h0, starts, last: (batch, …, d_state, d_inner)."""
+    N: gl.constexpr = 16
+    W: gl.constexpr = 32
+    S: gl.constexpr = N // gl.num_warps()  # states of a thread
+    P: gl.constexpr = gl.num_warps()
+    # [P, S, W]: warps along P, registers along S, lanes along the channels
+    STATE: gl.constexpr = gl.BlockedLayout([1, S, 1], [1, 1, 32], [P, 1, 1], [2, 1, 0])
+    OVER_D: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, STATE))
+    OVER_N: gl.constexpr = gl.SliceLayout(2, STATE)
+    # [TILE, P, W], to sum over P: four neighbouring channels of a token in a thread
+    HALVES: gl.constexpr = gl.BlockedLayout([1, P, 4], [4, 1, 8], [P, 1, 1], [2, 1, 0])
+    PAIR: gl.constexpr = gl.SliceLayout(1, HALVES)  # [TILE, W]
+    ROW: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    CUBE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    TURNED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0, 2])  # CUBE with TILE last
+
+    groups, group = d_inner // W, gl.program_id(0) % (d_inner // W)
+    batch = (gl.program_id(0) // groups).to(gl.int64)
+    p = gl.arange(0, P, layout=gl.SliceLayout(1, OVER_N))
+    s = gl.arange(0, S, layout=gl.SliceLayout(0, OVER_N))
+    n = gl.expand_dims(p[:, None] * S + s[None, :], 2)
+    d = gl.expand_dims(gl.expand_dims(group * W + gl.arange(0, W, layout=OVER_D), 0), 1)
+    at, size = n * d_inner + d, N * d_inner
+    A2 = gl.load(A_ptr + at) * LOG2E
+    h = gl.zeros([P, S, W], gl.float32, STATE)
+    if h0_ptr is not None:
+        h = gl.load(h0_ptr + batch * size + at)
+    row = gl.arange(0, TILE, layout=gl.SliceLayout(1, PAIR))[:, None]
+    col = group * W + gl.arange(0, W, layout=gl.SliceLayout(0, PAIR))[None, :]
+    skip, bias = gl.zeros([1, W], gl.float32, PAIR), gl.zeros([1, W], gl.float32, PAIR)
+    if D_ptr is not None:
+        skip = gl.load(D_ptr + col)
+    if bias_ptr is not None:
+        bias = gl.load(bias_ptr + col)
+
+    xs = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [STAGES, TILE, W], PLAIN)
+    dts = gl.allocate_shared_memory(dt_ptr.dtype.element_ty, [STAGES, TILE, W], PLAIN)
+    Bs = gl.allocate_shared_memory(gl.float32, [STAGES, TILE, N], PLAIN)
+    Cs = gl.allocate_shared_memory(gl.float32, [STAGES, TILE, N], PLAIN)
+    B_rows = Bs._reinterpret(gl.float32, [STAGES * TILE, P, S], PLAIN)
+    C_rows = Cs._reinterpret(gl.float32, [STAGES * TILE, P, S], PLAIN)
+    steps = gl.allocate_shared_memory(gl.float32, [TILE, W], PLAIN)
+    drives = gl.allocate_shared_memory(gl.float32, [TILE, W], PLAIN)
+    step_rows = steps._reinterpret(gl.float32, [TILE, W], ROW)
+    drive_rows = drives._reinterpret(gl.float32, [TILE, W], ROW)
+    halves = gl.allocate_shared_memory(gl.float32, [P, W, TILE], TURNED)
+
+    shared = batch * length * N
+    buffers, strides = (xs, dts, Bs, Cs), (x_row, dt_row, N, N)
+    ptrs = (
+        x_ptr + batch * x_batch + group * W, dt_ptr + batch * dt_batch + group * W,
+        B_ptr + shared, C_ptr + shared,
+    )  # fmt: skip
+    COUNT: gl.constexpr = 4 if z_ptr is None else 5
+    if z_ptr is not None:
+        zs = gl.allocate_shared_memory(z_ptr.dtype.element_ty, [STAGES, TILE, W], PLAIN)
+        buffers, strides = buffers + (zs,), strides + (z_row,)
+        ptrs = ptrs + (z_ptr + batch * z_batch + group * W,)
+    y_ptr += batch * length * d_inner
+    starts = starts_ptr
+    if starts_ptr is not None:
+        starts += batch * gl.cdiv(length, EVERY) * size
+    for i in gl.static_range(STAGES - 1):
+        order(buffers, ptrs, strides, gl.to_tensor(i * TILE), length, i, COUNT)
+    slot = 0
+    for start in range(0, length, TILE):
+        async_copy.wait_group(STAGES - 2)
+        x = xs.index(slot).load(PAIR).to(gl.float32)
+        step = dts.index(slot).load(PAIR).to(gl.float32) + bias
+        if SOFTPLUS:
+            step = softplus(step)
+        inside = (start + row < length) & (col >= 0)
+        step = gl.where(inside, step, 0.0)  # beyond the end: decay 1, input 0
+        steps.store(step)
+        drives.store(step * x)
+        if z_ptr is not None:
+            z = zs.index(slot).load(PAIR).to(gl.float32)
+        free = gl.where(slot == 0, STAGES - 1, slot - 1)
+        order(buffers, ptrs, strides, start + (STAGES - 1) * TILE, length, free, COUNT)
+        if starts_ptr is not None:
+            if start % EVERY == 0:
+                gl.store(starts + (start // EVERY).to(gl.int64) * size + at, h)
+
+        decays, inputs, ys = (), (), ()
+        for k in gl.static_range(TILE):
+            step_k = gl.expand_dims(gl.expand_dims(step_rows.index(k).load(OVER_D), 0), 1)
+            drive_k = gl.expand_dims(gl.expand_dims(drive_rows.index(k).load(OVER_D), 0), 1)
+            B_k = gl.expand_dims(B_rows.index(slot * TILE + k).load(OVER_N), 2)
+            decays = decays + (gl.exp2(step_k * A2),)
+            inputs = inputs + (drive_k * B_k,)
+        for k in gl.static_range(TILE):
+            C_k = gl.expand_dims(C_rows.index(slot * TILE + k).load(OVER_N), 2)
+            h = gl.fma(decays[k], h, inputs[k])
+            ys = ys + (gl.sum(h * C_k, axis=1),)
+        halves.store(stack(ys, TILE).reshape([P, W, TILE]))
+
+        y = gl.sum(halves._reinterpret(gl.float32, [TILE, P, W], CUBE).load(HALVES), axis=1)
+        y += skip * x
+        if z_ptr is not None:
+            y *= z * sigmoid(z)
+        out = y_ptr + start.to(gl.int64) * d_inner + row * d_inner + col
+        gl.store(out, y.to(y_ptr.dtype.element_ty), inside)
+        slot = gl.where(slot + 1 == STAGES, 0, slot + 1)
+    async_copy.wait_group(0)
+    gl.store(last_ptr + batch * size + at, h)
