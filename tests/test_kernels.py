@@ -512,7 +512,7 @@ kernels = {
     "ends": (plain._ends, common | {"HALVES": 2, "REVERSE": True, "WHOLE": False}),
     "plain": (plain._backward, common | {"BLOCK_D": plain.BACKWARD_D}),
     "gluon forward": (
-        gluon_forward.forward, gluon_forward.CONFIG | {"SOFTPLUS": True, "EVERY": 64}
+        gluon_forward.forward, gluon_forward.CONFIG | {"SOFTPLUS": True, "EVERY": 64, "HALVES": 2}
     ),
     "gluon backward": (
         gluon_backward.backward, gluon_backward.CONFIG | {"SOFTPLUS": True, "HALVES": 2}

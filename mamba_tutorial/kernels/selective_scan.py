@@ -29,7 +29,7 @@ others once more (`_backward`). Sums over channels, for B and C, are written per
 up afterwards (`_add_up`), so that two runs give the same bits.
 
 Both passes have a twin in Gluon, for 16 states, B by Euler's rule, and Ampere or later (`_takes`):
-`selective_scan_forward`, where the length need not be cut, and `selective_scan_backward`.
+`selective_scan_forward` and `selective_scan_backward`.
 
 A short sequence is over as soon as kernels are started. So what is needed before and after, float32
 copies of B and C, A turned, and sums, takes one kernel before and two after.
@@ -128,23 +128,20 @@ def _run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, every):
     config, h0 = _config(d_state, dt_softplus, exact), _transposed(h0)
     y, h_last = x.new_empty(x.shape), A.new_empty(batch, d_state, d_inner)
     starts = A.new_empty(batch, triton.cdiv(length, every), d_state, d_inner) if every else None
-    given = x, dt, A, B, C, D, z, dt_bias, h0
-    strides = *_strides(x), *_strides(dt), *_strides(z)
+    ends = spans = None
     with on(x):
-        whole = chunks == 1 and every in {None, SECTION}
-        if whole and _takes(gluon_forward, x, dt, z, A, exact):
-            gluon_forward.forward[(batch * d_inner // gluon_forward.CHANNELS,)](
-                *given, y, starts, h_last, length, d_inner, *strides,
-                EVERY=every or length, SOFTPLUS=dt_softplus, **gluon_forward.CONFIG,
-            )  # fmt: skip
-            return y, h_last.mT, starts
-        ends = spans = None
         if chunks > 1:
             ends, spans = _run_ends(x, dt, A, B, None, dt_bias, sizes, config, reverse=False)
-        _forward[(batch * chunks * blocks,)](
-            *given, ends, spans, y, starts, h_last, *sizes, *strides,
-            HALVES=ends.shape[2] if chunks > 1 else 0, EVERY=every or length, **config,
-        )  # fmt: skip
+        given = x, dt, A, B, C, D, z, dt_bias, h0, ends, spans, y, starts, h_last
+        strides = *_strides(x), *_strides(dt), *_strides(z)
+        constants = {"HALVES": ends.shape[2] if chunks > 1 else 0, "EVERY": every or length}
+        if every in {None, SECTION} and _takes(gluon_forward, x, dt, z, A, exact):
+            gluon_forward.forward[(batch * chunks * d_inner // gluon_forward.CHANNELS,)](
+                *given, length, chunk, d_inner, *strides,
+                SOFTPLUS=dt_softplus, **constants, **gluon_forward.CONFIG,
+            )  # fmt: skip
+        else:
+            _forward[(batch * chunks * blocks,)](*given, *sizes, *strides, **constants, **config)
     return y, h_last.mT, starts
 
 

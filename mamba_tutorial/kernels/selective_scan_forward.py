@@ -1,4 +1,4 @@
-"""The forward pass of the selective scan in Gluon, for many sequences or channels.
+"""The forward pass of the selective scan in Gluon.
 
 `selective_scan._forward` gives a thread one channel with all 16 states. It spends as much time on
 reading B and C from shared memory as on exponentials, and 8 sequences of 2048 channels make no more
@@ -28,11 +28,13 @@ CONFIG = {"TILE": 16, "STAGES": 3, "num_warps": 2}
 
 @gluon.jit
 def forward(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, h0_ptr, y_ptr, starts_ptr, last_ptr,
-    length, d_inner, x_batch, x_row, dt_batch, dt_row, z_batch, z_row,
-    EVERY: gl.constexpr, SOFTPLUS: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, h0_ptr, ends_ptr, spans_ptr,
+    y_ptr, starts_ptr, last_ptr,
+    length, chunk, d_inner, x_batch, x_row, dt_batch, dt_row, z_batch, z_row,
+    HALVES: gl.constexpr, EVERY: gl.constexpr, SOFTPLUS: gl.constexpr, TILE: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A: (d_state, d_inner); B, C: contiguous; h0, starts, last: (batch, …, d_state, d_inner)."""
+    """As `selective_scan._forward`; B and C without gaps."""
     N: gl.constexpr = 16
     W: gl.constexpr = 32
     S: gl.constexpr = N // gl.num_warps()  # states of a thread
@@ -42,15 +44,17 @@ def forward(
     OVER_D: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, STATE))
     OVER_N: gl.constexpr = gl.SliceLayout(2, STATE)
     # [TILE, P, W], to sum over P: four neighbouring channels of a token in a thread
-    HALVES: gl.constexpr = gl.BlockedLayout([1, P, 4], [4, 1, 8], [P, 1, 1], [2, 1, 0])
-    PAIR: gl.constexpr = gl.SliceLayout(1, HALVES)  # [TILE, W]
+    PARTS: gl.constexpr = gl.BlockedLayout([1, P, 4], [4, 1, 8], [P, 1, 1], [2, 1, 0])
+    PAIR: gl.constexpr = gl.SliceLayout(1, PARTS)  # [TILE, W]
     ROW: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     CUBE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     TURNED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0, 2])  # CUBE with TILE last
 
-    groups, group = d_inner // W, gl.program_id(0) % (d_inner // W)
-    batch = (gl.program_id(0) // groups).to(gl.int64)
+    groups, chunks = d_inner // W, gl.cdiv(length, chunk)
+    group = gl.program_id(0) % groups
+    part = gl.program_id(0) // groups % chunks
+    batch = (gl.program_id(0) // groups // chunks).to(gl.int64)
     p = gl.arange(0, P, layout=gl.SliceLayout(1, OVER_N))
     s = gl.arange(0, S, layout=gl.SliceLayout(0, OVER_N))
     n = gl.expand_dims(p[:, None] * S + s[None, :], 2)
@@ -60,6 +64,12 @@ def forward(
     h = gl.zeros([P, S, W], gl.float32, STATE)
     if h0_ptr is not None:
         h = gl.load(h0_ptr + batch * size + at)
+    if ends_ptr is not None:
+        for earlier in range(part):
+            for half in gl.static_range(HALVES):
+                record = HALVES * (batch * (chunks - 1) + earlier) + half
+                h *= gl.exp2(gl.load(spans_ptr + record * d_inner + d) * A2)
+                h += gl.load(ends_ptr + record * size + at)
     row = gl.arange(0, TILE, layout=gl.SliceLayout(1, PAIR))[:, None]
     col = group * W + gl.arange(0, W, layout=gl.SliceLayout(0, PAIR))[None, :]
     skip, bias = gl.zeros([1, W], gl.float32, PAIR), gl.zeros([1, W], gl.float32, PAIR)
@@ -78,43 +88,45 @@ def forward(
     drives = gl.allocate_shared_memory(gl.float32, [TILE, W], PLAIN)
     step_rows = steps._reinterpret(gl.float32, [TILE, W], ROW)
     drive_rows = drives._reinterpret(gl.float32, [TILE, W], ROW)
-    halves = gl.allocate_shared_memory(gl.float32, [P, W, TILE], TURNED)
+    parts = gl.allocate_shared_memory(gl.float32, [P, W, TILE], TURNED)
 
-    shared = batch * length * N
+    # tokens are counted from the first of the chunk
+    first = part.to(gl.int64) * chunk
+    token, tokens = batch * length + first, gl.minimum(length - part * chunk, chunk)
     buffers, strides = (xs, dts, Bs, Cs), (x_row, dt_row, N, N)
     ptrs = (
-        x_ptr + batch * x_batch + group * W, dt_ptr + batch * dt_batch + group * W,
-        B_ptr + shared, C_ptr + shared,
+        x_ptr + batch * x_batch + first * x_row + group * W,
+        dt_ptr + batch * dt_batch + first * dt_row + group * W,
+        B_ptr + token * N, C_ptr + token * N,
     )  # fmt: skip
     COUNT: gl.constexpr = 4 if z_ptr is None else 5
     if z_ptr is not None:
         zs = gl.allocate_shared_memory(z_ptr.dtype.element_ty, [STAGES, TILE, W], PLAIN)
         buffers, strides = buffers + (zs,), strides + (z_row,)
-        ptrs = ptrs + (z_ptr + batch * z_batch + group * W,)
-    y_ptr += batch * length * d_inner
-    starts = starts_ptr
+        ptrs = ptrs + (z_ptr + batch * z_batch + first * z_row + group * W,)
+    y_ptr += token * d_inner
     if starts_ptr is not None:
-        starts += batch * gl.cdiv(length, EVERY) * size
+        starts_ptr += (batch * gl.cdiv(length, EVERY) + first // EVERY) * size
     for i in gl.static_range(STAGES - 1):
-        order(buffers, ptrs, strides, gl.to_tensor(i * TILE), length, i, COUNT)
+        order(buffers, ptrs, strides, gl.to_tensor(i * TILE), tokens, i, COUNT)
     slot = 0
-    for start in range(0, length, TILE):
+    for start in range(0, tokens, TILE):
         async_copy.wait_group(STAGES - 2)
         x = xs.index(slot).load(PAIR).to(gl.float32)
         step = dts.index(slot).load(PAIR).to(gl.float32) + bias
         if SOFTPLUS:
             step = softplus(step)
-        inside = (start + row < length) & (col >= 0)
+        inside = (start + row < tokens) & (col >= 0)
         step = gl.where(inside, step, 0.0)  # beyond the end: decay 1, input 0
         steps.store(step)
         drives.store(step * x)
         if z_ptr is not None:
             z = zs.index(slot).load(PAIR).to(gl.float32)
         free = gl.where(slot == 0, STAGES - 1, slot - 1)
-        order(buffers, ptrs, strides, start + (STAGES - 1) * TILE, length, free, COUNT)
+        order(buffers, ptrs, strides, start + (STAGES - 1) * TILE, tokens, free, COUNT)
         if starts_ptr is not None:
             if start % EVERY == 0:
-                gl.store(starts + (start // EVERY).to(gl.int64) * size + at, h)
+                gl.store(starts_ptr + (start // EVERY).to(gl.int64) * size + at, h)
 
         decays, inputs, ys = (), (), ()
         for k in gl.static_range(TILE):
@@ -127,9 +139,9 @@ def forward(
             C_k = gl.expand_dims(C_rows.index(slot * TILE + k).load(OVER_N), 2)
             h = gl.fma(decays[k], h, inputs[k])
             ys = ys + (gl.sum(h * C_k, axis=1),)
-        halves.store(stack(ys, TILE).reshape([P, W, TILE]))
+        parts.store(stack(ys, TILE).reshape([P, W, TILE]))
 
-        y = gl.sum(halves._reinterpret(gl.float32, [TILE, P, W], CUBE).load(HALVES), axis=1)
+        y = gl.sum(parts._reinterpret(gl.float32, [TILE, P, W], CUBE).load(PARTS), axis=1)
         y += skip * x
         if z_ptr is not None:
             y *= z * sigmoid(z)
@@ -137,4 +149,5 @@ def forward(
         gl.store(out, y.to(y_ptr.dtype.element_ty), inside)
         slot = gl.where(slot + 1 == STAGES, 0, slot + 1)
     async_copy.wait_group(0)
-    gl.store(last_ptr + batch * size + at, h)
+    if part == chunks - 1:
+        gl.store(last_ptr + batch * size + at, h)
