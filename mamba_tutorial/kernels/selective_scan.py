@@ -49,7 +49,7 @@ from mamba_tutorial.kernels._launch import multiprocessors, on
 LANES = 32
 BACKWARD_D = 8  # channels of a program of `_backward`
 RESIDENT = 8  # programs of `_forward` for each multiprocessor, where the length is cut
-SECTION = gluon_backward.SECTION
+SECTION, LEAST = gluon_backward.SECTION, 3  # tokens of a section, sections of a chunk
 
 
 class SelectiveScan(torch.autograd.Function):
@@ -84,8 +84,8 @@ class SelectiveScan(torch.autograd.Function):
         run = _run_gluon_backward if ctx.gluon else _run_backward
         given = x, dt, A, B, C, D, z, dt_bias, starts, dy, _transposed(_float(dh_last))
         dx, ddt, dz, shared, own, dh0 = run(*given, ctx.softplus, ctx.exact)
-        dB, dC = _sum(shared, ctx.dtype)
-        own, n = _sum(own), A.shape[0]
+        (dB, dC), own = _sums(shared, own, ctx.dtype)
+        n = A.shape[0]
         dD = None if D is None else own[n]
         dbias = None if dt_bias is None else own[n + 1]
         dh0 = None if h0 is None else dh0.mT
@@ -107,22 +107,27 @@ def _prepared(A, B, C):
     return turned, *shared
 
 
-def _sum(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return parts.sum(0), the parts added in their order."""
-    total = parts.new_empty(parts.shape[1:], dtype=dtype)
+def _sums(shared: Tensor, own: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return shared.sum(0), of this dtype, and own.sum(0), the parts added in their order."""
+    first, second = (
+        parts.new_empty(parts.shape[1:], dtype=t)
+        for parts, t in ((shared, dtype), (own, torch.float32))
+    )
     BLOCK = 512
-    with on(parts):
-        _add_up[(triton.cdiv(total.numel(), BLOCK),)](
-            parts, total, len(parts), total.numel(), BLOCK=BLOCK, num_warps=4
-        )
-    return total
+    grid = (triton.cdiv(first.numel(), BLOCK) + triton.cdiv(second.numel(), BLOCK),)
+    with on(shared):
+        _add_up[grid](
+            *(shared, own, first, second, len(shared), len(own), first.numel(), second.numel()),
+            BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+    return first, second
 
 
 def _run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, every):
     """Forward; return y, the last state, and the state before every `every` tokens, if asked."""
     batch, length, d_inner = x.shape
     d_state, blocks = A.shape[0], triton.cdiv(d_inner, LANES)
-    chunk = _chunk(x, batch * blocks, length, enough=3, resident=RESIDENT)
+    chunk = _chunk(x, batch * blocks, length, enough=1.5, resident=RESIDENT)
     chunks = triton.cdiv(length, chunk)
     sizes = length, chunk, d_inner, d_state
     config, h0 = _config(d_state, dt_softplus, exact), _transposed(h0)
@@ -256,15 +261,15 @@ def _whole(sizes: tuple[int, int, int, int], config: dict) -> bool:
     return not any(over)
 
 
-def _chunk(x: Tensor, rows: int, length: int, enough: int, resident: int) -> int:
+def _chunk(x: Tensor, rows: int, length: int, enough: float, resident: int) -> int:
     """Return the tokens of a program, of which there is one for each row and chunk.
 
     All of them, if there are `enough` rows for each multiprocessor; else as many as make `resident`
-    programs for each.
+    programs for each, but not so few that joining the chunks takes longer than going through one.
     """
     size = multiprocessors(x)
     parts = 1 if rows >= enough * size else max(1, resident * size // rows)
-    return triton.cdiv(triton.cdiv(length, parts), SECTION) * SECTION
+    return max(triton.cdiv(triton.cdiv(length, parts), SECTION), LEAST) * SECTION
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:
@@ -309,8 +314,20 @@ def _prepare(
 
 
 @triton.jit
-def _add_up(parts_ptr, total_ptr, parts, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _add_up(
+    shared_ptr, own_ptr, first_ptr, second_ptr, shared_parts, own_parts, first_size, second_size,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(first_size, BLOCK)
+    if tl.program_id(0) < blocks:
+        _add(shared_ptr, first_ptr, tl.program_id(0), shared_parts, first_size, BLOCK)
+    else:
+        _add(own_ptr, second_ptr, tl.program_id(0) - blocks, own_parts, second_size, BLOCK)
+
+
+@triton.jit
+def _add(parts_ptr, total_ptr, block, parts, size, BLOCK: tl.constexpr):
+    at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for _ in tl.range(parts, loop_unroll_factor=8):
         total += tl.load(parts_ptr + at, at < size, 0.0)
