@@ -158,7 +158,7 @@ def _compiled_scan() -> Callable:
         def scan(a: Tensor, b: Tensor) -> Tensor:
             return module.associative_scan(combine, (a, b), dim=1, combine_mode="pointwise")[1]
 
-        _COMPILED.append(torch.compile(scan))
+        _COMPILED.append(torch.compile(scan, dynamic=False))
     return _COMPILED[0]
 
 

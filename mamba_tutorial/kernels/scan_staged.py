@@ -140,10 +140,11 @@ def scan_tile(
         a = a_rows.index(k).load(OWN).to(gl.float32)
         end = gl.fma(a, end, b_rows.index(k).load(OWN).to(gl.float32))
         product *= a
+    start = gl.zeros([W], gl.float32, OWN) if GRADIENT else h0
     h = look_back(
         gl.expand_dims(words_ptr + batch * slots * CHANNELS + block * W + c, 0),
         gl.expand_dims(product, 0), gl.expand_dims(end, 0),
-        gl.expand_dims(0 * h0 if GRADIENT else h0, 0), tile, tiles, gl.expand_dims(real, 0),
+        gl.expand_dims(start, 0), tile, tiles, gl.expand_dims(real, 0),
         gl.arange(0, GROUP, layout=gl.SliceLayout(1, LOOK))[:, None], CHANNELS, GROUP, LEVELS,
     )  # fmt: skip
     h = gl.sum(h, axis=0)  # of one row
