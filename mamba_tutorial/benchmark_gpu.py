@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +135,12 @@ def ours_recurrence(a: Tensor, b: Tensor) -> Tensor:
     return linear_scan(a, b)
 
 
+def plain_recurrence(a: Tensor, b: Tensor) -> Tensor:
+    """The same in plain Triton, without the layouts of Gluon."""
+    with mock.patch("mamba_tutorial.kernels.scan.runs_on", lambda *tensors: False):
+        return linear_scan(a, b)
+
+
 def accelerated_scan(a: Tensor, b: Tensor) -> Tensor:
     """The Triton kernel of accelerated-scan, which wants the length last; not counted here."""
     scan = importlib.import_module("accelerated_scan.scalar").scan
@@ -198,6 +205,7 @@ def recurrence() -> Iterator[Row]:
         turned = [tensor.mT.contiguous() for tensor in (a, b, upstream)]
         candidates = {
             "mamba_tutorial": (ours_recurrence, (a, b, upstream), 1),
+            "mamba_tutorial, plain Triton": (plain_recurrence, (a, b, upstream), 1),
             "accelerated-scan, Triton": (accelerated_scan, turned, 2),
             "torch, associative_scan compiled": (torch_associative_scan, (a, b, upstream), 1),
         }
@@ -220,7 +228,7 @@ def _recurrence(scan: Callable, given: Sequence[Tensor], axis: int, exact: Tenso
     del h
     forward, how = milliseconds(no_grad(lambda: scan(a, b)))
     row = {"forward_ms": forward, "how": how, "error": error}
-    if scan is torch_associative_scan:
+    if scan in {plain_recurrence, torch_associative_scan}:
         return row
     leaves = [tensor.detach().requires_grad_() for tensor in (a, b)]
     both, _ = milliseconds(lambda: torch.autograd.grad(scan(*leaves), leaves, upstream))
@@ -251,6 +259,12 @@ def ours_scan(x, dt, A, B, C, D, z, bias) -> Tensor:
     return selective_scan(x, dt, A, B, C, D, z, bias, True, backend="triton")
 
 
+def plain_scan(*given: Tensor) -> Tensor:
+    """The same in plain Triton, without the layouts of Gluon."""
+    with mock.patch("mamba_tutorial.kernels.selective_scan._takes", lambda *given: False):
+        return ours_scan(*given)
+
+
 def unfused_scan(x, dt, A, B, C, D, z, bias) -> Tensor:
     """The same in PyTorch operations around our linear scan: all states go to memory."""
     step = F.softplus(dt.float() + bias)
@@ -276,6 +290,8 @@ def selective() -> Iterator[Row]:
             "mamba_tutorial": (ours_scan, given, upstream),
             "mamba_ssm, CUDA": (mamba_ssm_scan, last, upstream.mT.contiguous()),
         }
+        if batch * length * d_inner <= 1 << 25:
+            candidates["mamba_tutorial, plain Triton"] = (plain_scan, given, upstream)
         if batch * length * d_inner <= 1 << 23:
             candidates["PyTorch, unfused"] = (unfused_scan, given, upstream)
         exact = _exact(given)
