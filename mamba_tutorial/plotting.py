@@ -635,6 +635,38 @@ def register_tile() -> Figure:
     return figure
 
 
+def shared_channels() -> Figure:
+    """Draw two warps that share 32 channels: what each holds, and what both take from one place."""
+    figure, (ax,) = _subplots(3.4)
+    lanes, left, width, height = 12, 2.6, 0.42, 1.1
+    middle = left + (lanes * width) / 2
+    bands = (
+        (3.3, "Δ, Δ x", 0.45, BLUE),
+        (1.9, "warp 0", height, PALE),
+        (0.5, "warp 1", height, PALE),
+    )
+    for bottom, label, size, color in (*bands, (-0.6, "y", 0.45, BLUE)):
+        for lane in range(lanes):
+            corner = (left + lane * width, bottom)
+            face = ORANGE if lane == 2 and color == PALE else color
+            ax.add_patch(
+                Rectangle(corner, width - 0.06, size, facecolor=face, edgecolor=GREY, lw=0.8)
+            )
+        ax.text(left - 0.2, bottom + size / 2, label, ha="right", va="center")
+    right = left + lanes * width
+    ax.text(right + 0.1, 2.45, "… 32 channels,", va="center")
+    ax.text(right + 0.1, 2.05, "states 0 to 7", va="center")
+    ax.text(right + 0.1, 1.05, "the same channels,", va="center")
+    ax.text(right + 0.1, 0.65, "states 8 to 15", va="center")
+    ax.text(right + 0.1, 3.5, "once for both", va="center")
+    ax.text(right + 0.1, -0.4, "two halves, added up", va="center")
+    _arrow(ax, (middle, 3.25), (middle, 3.05))
+    _arrow(ax, (middle, 0.45), (middle, -0.1))
+    ax.set(xlim=(0.6, 11.2), ylim=(-0.8, 4))
+    ax.axis("off")
+    return figure
+
+
 def scan_levels() -> Figure:
     """Draw a scan of 16 numbers by four threads: own runs, totals over lanes, corrections."""
     figure, (ax,) = _subplots(3.6)

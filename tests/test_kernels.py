@@ -138,12 +138,22 @@ def short_chunks(monkeypatch):
     monkeypatch.setattr("mamba_tutorial.kernels.selective_scan.LEAST", 1)
 
 
+def limit(length):
+    """2e-6, and more for many tokens on a GPU.
+
+    Its exponential is off by up to 2⁻²². In a state that hardly forgets, the errors of all decays
+    add up, at random like the steps of a walk: three standard deviations of it.
+    """
+    return max(2e-6, 3 * length**0.5 * 2**-22) if DEVICE == "cuda" else 2e-6
+
+
 @needs_triton
 @pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize("rule", ["mamba", "zoh"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_triton_is_the_definition_with_all_its_gradients(name, rule):
-    compare(problem(*SHAPES[name], seed=1), 2e-6, dt_softplus=True, discretization=rule)
+    inputs = problem(*SHAPES[name], seed=1)
+    compare(inputs, limit(SHAPES[name][1]), dt_softplus=True, discretization=rule)
 
 
 @needs_triton
@@ -169,7 +179,7 @@ def test_gradients_of_the_last_state_alone(d_inner):
     for name, value, exact in zip(inputs, *found, strict=True):
         if exact is not None:
             error = (value - exact).abs().max() / (exact.abs().max() + 1e-3)
-            assert error < 2e-6, name
+            assert error < limit(70), name
 
 
 @needs_triton
@@ -211,7 +221,7 @@ def test_triton_is_repeatable_to_the_bit(shape):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-GLUON = {  # batch, length, d_inner: as many warps as make an H200 run it uncut, and few, in chunks
+GLUON = {  # batch, length, d_inner: so many that an H100 or H200 runs it uncut, and few
     "whole": (8, 100, 2048),
     "cut, an odd number of groups": (1, 700, 192),
     "cut, channels for the forward pass in Triton": (2, 300, 320),

@@ -41,6 +41,7 @@ PICTURES = {
         {"one": {"a": 1.0, "b": 2.0}, "two": {"a": float("nan")}}, xlabel="x", mark=1.5, unit=" s"
     ),
     "register_tile": plotting.register_tile,
+    "shared_channels": plotting.shared_channels,
     "scan_levels": plotting.scan_levels,
     "look_back": plotting.look_back,
     "descent": lambda: plotting.descent(T + 0.1, T + 0.1, {"a": (T + 0.1, T + 0.1)}, true=0.5),
