@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -188,3 +189,17 @@ def test_what_the_readme_says_of_the_gpu_is_recorded():
     assert "in the same memory but for one short sequence" in README
     assert [size for size in pairs if forward[size] <= 2] == [short]
     assert "forward alone at least twice as fast at seven of them" in README
+
+
+@pytest.mark.parametrize(("seconds", "slower", "fails"), [(59, 1, 0), (61, 1, 1), (80, 1.5, 0)])
+def test_a_notebook_that_takes_too_long_fails_the_session(request, seconds, slower, fails):
+    plugins = request.config.pluginmanager.get_plugins()
+    maker = next(plugin for plugin in plugins if type(plugin).__name__ == "PaceMaker")
+    conftest = sys.modules[type(maker).__module__]
+    clock, pace = conftest.NotebookClock(), slower * conftest.PACE
+    cell = SimpleNamespace(nodeid="book/slow.ipynb::Cell 0", user_properties=[("pace", pace)])
+    clock.pytest_runtest_logreport(SimpleNamespace(**vars(cell), when="setup", duration=pace))
+    clock.pytest_runtest_logreport(SimpleNamespace(**vars(cell), when="call", duration=seconds))
+    session = SimpleNamespace(exitstatus=0)
+    clock.pytest_sessionfinish(session)
+    assert session.exitstatus == fails
