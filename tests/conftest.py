@@ -66,7 +66,7 @@ class NotebookClock:
     """Fails the session if the cells of a notebook took longer together than promised.
 
     Here two notebooks run at once, perhaps on a machine that others use too. So the limit is longer
-    by as much as the pace is slower than on a machine with nothing else to do.
+    by as much as the pace is slower than on a machine with nothing else to do, by half at most.
     """
 
     def __init__(self):
@@ -83,7 +83,9 @@ class NotebookClock:
                 self.seconds[path] -= sum(paces)
 
     def limit(self, path):
-        return NOTEBOOK_SECONDS * max(1, statistics.mean(self.paces[path] or [PACE]) / PACE)
+        return NOTEBOOK_SECONDS * min(
+            1.5, max(1, statistics.mean(self.paces[path] or [PACE]) / PACE)
+        )
 
     def pytest_sessionfinish(self, session):
         if any(seconds > self.limit(path) for path, seconds in self.seconds.items()):

@@ -1,9 +1,9 @@
 """What the kernels in Gluon share.
 
 Plain Triton decides by itself which thread holds which number. Gluon is the same compiler with that
-choice, the layout, written down. Where it is worth a factor of two, a kernel is in Gluon. It has no
-interpreter, so each such kernel has a twin in plain Triton, for everything else, which tests hold
-it to.
+choice, the layout, written down. Where measurements say that it is worth it, a kernel is in Gluon.
+It has no interpreter, so each such kernel has a twin in plain Triton, for everything else; tests on
+a GPU hold both to the definition.
 """
 
 from types import FunctionType

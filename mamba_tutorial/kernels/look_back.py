@@ -70,7 +70,6 @@ def look_back(
     state_ptr, wanted = list_ptr + (index - 1) * CHANNELS, (index > 0) & real
     state = tl.load(state_ptr, wanted, IDENTITY, volatile=True)
 
-    before, before_end = 0 * own, 0 * own_end
     list_ptr, index, count = words_ptr, tile, tiles
     for level in tl.static_range(LEVELS):
         p, e = await_steps(looks[level][2], looks[level][0], looks[level][1])
