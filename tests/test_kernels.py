@@ -5,9 +5,11 @@ The Triton kernels run on a GPU where there is one, else in Triton's interpreter
 
 import importlib
 import importlib.util
+import math
 import re
 import subprocess
 import sys
+from functools import partial
 
 import numba
 import numpy as np
@@ -16,6 +18,7 @@ import scipy.special
 import torch
 import torch.nn.functional as F
 
+from mamba_tutorial import benchmark_gpu
 from mamba_tutorial.kernels import cpu
 from mamba_tutorial.mamba import MambaConfig, MambaLM, StepGraph
 from mamba_tutorial.scan import linear_scan
@@ -132,6 +135,16 @@ def compare(inputs, tolerance, **options):
         assert ((value.double() - exact[name]).abs().max() / scale).item() < tolerance, name
 
 
+def rounding(length):
+    """How far off a result may be, relative to the largest.
+
+    The GPU's exponential is off by up to 2⁻²² (`ex2.approx` in the PTX manual), four times as much
+    as rounding. In a state that forgets nothing, the errors of all tokens add up, as the steps of
+    a random walk do. The official kernel uses the same exponential and is off as much.
+    """
+    return 2e-6 if DEVICE == "cpu" else max(2e-6, 3 * 2**-22 * math.sqrt(length))
+
+
 @pytest.fixture
 def short_chunks(monkeypatch):
     """On a GPU chunks are long, since joining them takes time; here they may be short."""
@@ -143,7 +156,8 @@ def short_chunks(monkeypatch):
 @pytest.mark.parametrize("rule", ["mamba", "zoh"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_triton_is_the_definition_with_all_its_gradients(name, rule):
-    compare(problem(*SHAPES[name], seed=1), 2e-6, dt_softplus=True, discretization=rule)
+    off = rounding(SHAPES[name][1])
+    compare(problem(*SHAPES[name], seed=1), off, dt_softplus=True, discretization=rule)
 
 
 @needs_triton
@@ -236,6 +250,38 @@ def test_gluon_is_the_definition_with_all_its_gradients(name, dtype):
 @pytest.mark.parametrize("without", WITHOUT)
 def test_gluon_without_optional_inputs(without):
     compare(problem(8, 70, 2048, 16, without), 5e-6, dt_softplus=True)
+
+
+@needs_triton
+@pytest.mark.skipif(
+    DEVICE == "cpu" or importlib.util.find_spec("mamba_ssm") is None,
+    reason="compares with mamba_ssm, on a GPU",
+)
+@pytest.mark.parametrize("shape", [(2, 1000, 128, 16), (4, 300, 320, 16), (1, 500, 64, 8)])
+def test_errors_are_not_above_those_of_the_official_kernel(shape):
+    """In float32, of the output and of all gradients: at most 1.2 times as large, or 3e-7."""
+    inputs = problem(*shape, ("h0",))
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(shape[:3], generator=generator).to(DEVICE)
+
+    def results(scan, dtype=torch.float32):
+        leaves = {name: t.to(dtype, copy=True).requires_grad_() for name, t in inputs.items()}
+        y = scan(**leaves)
+        gradients = torch.autograd.grad(y, list(leaves.values()), upstream.to(dtype))
+        return dict(zip(["y", *leaves], [y, *gradients], strict=True))
+
+    def official(x, dt, A, B, C, D, z, dt_bias):
+        x, dt, B, C, z = (tensor.mT.contiguous() for tensor in (x, dt, B, C, z))
+        return benchmark_gpu.mamba_ssm_scan(x, dt, A, B, C, D, z, dt_bias).mT
+
+    exact = results(partial(selective_scan, dt_softplus=True, backend="sequential"), torch.float64)
+    theirs = results(official)
+    ours = results(partial(selective_scan, dt_softplus=True, backend="triton"))
+    for name, reference in exact.items():
+        found, limit = (
+            benchmark_gpu.relative(result[name], reference) for result in (ours, theirs)
+        )
+        assert found < max(1.2 * limit, 3e-7), name
 
 
 @needs_triton

@@ -11,9 +11,11 @@ place of a tile alone and never on who was first, so two runs give the same bits
 import triton
 import triton.language as tl
 
-ABSENT = tl.constexpr(-1)  # a word that nobody has written yet
-NAN = tl.constexpr(0x7FC000007FC00000)  # a step of NaN, as arithmetic makes it
-IDENTITY = tl.constexpr(0x3F80000000000000)  # the step h ↦ 1 · h + 0
+# Words are written with all bits flipped, so that memory full of zeros, which is the quickest to
+# get, stands for a step that no arithmetic makes.
+ABSENT = tl.constexpr(0)  # a word that nobody has written yet
+NAN = tl.constexpr(~0x7FC000007FC00000)  # a step of NaN, as arithmetic makes it
+IDENTITY = tl.constexpr(~0x3F80000000000000)  # the step h ↦ 1 · h + 0
 
 
 @triton.jit
@@ -32,16 +34,21 @@ def pick(tile, here):
 def publish(word_ptr, product, end, real):
     """Write a step as one word of 64 bits: whoever sees it sees all of it."""
     high, low = product.to(tl.int32, bitcast=True), end.to(tl.int32, bitcast=True)
-    word = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+    word = ~((high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF))
     word = tl.where(word == ABSENT, NAN, word)
     tl.atomic_xchg(word_ptr, word, real, sem="relaxed")
 
 
 @triton.jit
 def await_steps(words, words_ptr, wanted):
-    """Return the steps in the words, once all that are wanted are there."""
+    """Return the steps in the words, once all that are wanted are there.
+
+    Only those that are missing are read again: a thousand programs that wait and read everything
+    over and over are in the way of those that they wait for.
+    """
     while tl.max((words == ABSENT).to(tl.int32)) > 0:
-        words = tl.load(words_ptr, wanted, IDENTITY, volatile=True)
+        words = tl.load(words_ptr, wanted & (words == ABSENT), words, volatile=True)
+    words = ~words
     product = (words >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     return product, words.to(tl.int32).to(tl.float32, bitcast=True)
 

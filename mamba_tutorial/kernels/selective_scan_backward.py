@@ -11,7 +11,7 @@ Going backwards needs the states, which the forward pass did not keep. So:
 2. The chunk is cut into sections. The forward pass wrote down the state before each section. Going
    forwards once, the state before every tile of 8 tokens is put into shared memory.
 3. Tile by tile, from the last to the first: forwards through the tile, keeping in registers the
-   decays and the states before each token, 64 of each; then backwards,
+   states before each token and all decays but the last token's, 120 numbers; then backwards,
 
        g_t = dy_t C_t + G,   G ← a_t g_t,   dΔ_t = Σ_n A G h_{t−1} + …,   dx_t = Δ_t Σ_n g_t B_t
 
@@ -255,7 +255,9 @@ def backward(
                 B_k = _of_states(B_rows.index(slot * TILE + k).load(OVER_N))
                 C_k = _of_states(C_rows.index(slot * TILE + k).load(OVER_N))
                 a = gl.exp2(step_k * A2)
-                before, decays = before + (h,), decays + (a,)
+                before = before + (h,)
+                if k < TILE - 1:
+                    decays = decays + (a,)
                 h = gl.fma(a, h, drive_k * B_k)
                 if z_ptr is not None:
                     ys = ys + (gl.sum(h * C_k, axis=1),)
@@ -280,7 +282,11 @@ def backward(
                 B_k = _of_states(B_rows.index(slot * TILE + k).load(OVER_N))
                 C_k = _of_states(C_rows.index(slot * TILE + k).load(OVER_N))
                 g = gl.fma(upstream_k, C_k, G)
-                G = decays[k] * g
+                # The last decay is needed first. There is no register left for it until then.
+                if k < TILE - 1:
+                    G = decays[k] * g
+                else:
+                    G = gl.exp2(step_k * A2) * g
                 dlog = G * before[k]  # the gradient of Δ A
                 dA = gl.fma(dlog, step_k, dA)
                 dxs = (gl.sum(g * B_k, axis=1),) + dxs
