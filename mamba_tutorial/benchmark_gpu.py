@@ -72,7 +72,8 @@ def milliseconds(run: Run, repeats_ms: int = 60) -> tuple[float, str]:
             run()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # other threads, a peer's, may go on calling CUDA meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             kept = run()
         replay, how = graph.replay, "graph"
     except RuntimeError as error:
