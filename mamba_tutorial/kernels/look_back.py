@@ -43,8 +43,8 @@ def publish(word_ptr, product, end, real):
 def await_steps(words, words_ptr, wanted):
     """Return the steps in the words, once all that are wanted are there.
 
-    Only those that are missing are read again: hundreds of programs that wait, and read everything
-    over and over, are in the way of those that they wait for.
+    Only those that are missing are read again: hundreds of programs that read
+    everything over and over are in the way of those that they wait for.
     """
     while tl.max((words == ABSENT).to(tl.int32)) > 0:
         words = tl.load(words_ptr, wanted & (words == ABSENT), words, volatile=True)
