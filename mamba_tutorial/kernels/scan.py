@@ -34,7 +34,7 @@ from mamba_tutorial.kernels.look_back import join, look_back, pick
 ROWS = {4: (64, 32, 2, 3), 2: (32, 32, 1, 4)}  # of `_scan`: TILE, BLOCK_C, warps, STAGES
 TILES = {4: (64, 32), 2: (32, 64)}  # of `_scan_tile`: TILE, BLOCK_C
 STAGED_ROWS = {4: (16, 1, 2, 4), 2: (16, 2, 2, 6)}  # TILE, WIDTH, warps, STAGES
-STAGED_TILES = {4: (128, 1), 2: (128, 1)}  # TILE, WIDTH
+STAGED_TILE = 128, 32  # of `scan_staged.scan_tile`, for numbers of 4 bytes and of 2
 GROUP, LEVELS = 4, 3  # tiles of a group, and levels of groups
 
 
@@ -92,16 +92,16 @@ def _run_rows(a, b, h0, h, out, da, reverse: bool) -> None:
 def _run_tiles(a, b, h0, h, out, da, reverse: bool) -> None:
     batch, length, channels = b.shape
     in_stages = runs_on(a, b, h)
-    tile, block = (STAGED_TILES if in_stages else TILES)[b.element_size()]
+    tile, block = STAGED_TILE if in_stages else TILES[b.element_size()]
     tiles = triton.cdiv(length, tile)
     slots = sum(triton.cdiv(tiles, GROUP**level) for level in range(LEVELS + 1))
     words = torch.zeros(batch, slots, channels, dtype=torch.int64, device=b.device)
-    rows = batch * triton.cdiv(channels, 32 * block if in_stages else block)
+    rows = batch * triton.cdiv(channels, block)
     given = a, b, h0, h, out, da, words, length, tiles, rows, slots
-    shape = {"CHANNELS": channels, "TILE": tile, "WIDTH" if in_stages else "BLOCK_C": block}
     (staged.scan_tile if in_stages else _scan_tile)[(tiles * rows,)](
-        *given, **shape, GROUP=GROUP, LEVELS=LEVELS, REVERSE=reverse, num_warps=1
-    )
+        *given, CHANNELS=channels, TILE=tile, BLOCK_C=block, GROUP=GROUP, LEVELS=LEVELS,
+        REVERSE=reverse, num_warps=1,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -100,49 +100,48 @@ def scan(
 @gluon.jit
 def scan_tile(
     a_ptr, b_ptr, h0_ptr, h_ptr, out_ptr, da_ptr, words_ptr, length, tiles, rows, slots,
-    CHANNELS: gl.constexpr, WIDTH: gl.constexpr, TILE: gl.constexpr, GROUP: gl.constexpr,
+    CHANNELS: gl.constexpr, TILE: gl.constexpr, BLOCK_C: gl.constexpr, GROUP: gl.constexpr,
     LEVELS: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
     """As `scan._scan_tile`: one warp, one tile, the state before it found by looking back."""
     GRADIENT: gl.constexpr = h_ptr is not None
     SIGN: gl.constexpr = -1 if REVERSE else 1
-    W: gl.constexpr = 32 * WIDTH
-    LOOK: gl.constexpr = gl.BlockedLayout([GROUP, WIDTH], [1, 32], [1, 1], [1, 0])
+    LOOK: gl.constexpr = gl.BlockedLayout([GROUP, BLOCK_C // 32], [1, 32], [1, 1], [1, 0])
     OWN: gl.constexpr = gl.SliceLayout(0, LOOK)
     ROW: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     tile, row = gl.program_id(0) // rows, gl.program_id(0) % rows
-    blocks = gl.cdiv(CHANNELS, W)
+    blocks = gl.cdiv(CHANNELS, BLOCK_C)
     batch, block = (row // blocks).to(gl.int64), row % blocks
     first = tile.to(gl.int64) * TILE
     token = batch * length + first
     if REVERSE:
         token = batch * length + length - 1 - first
-    corner, left = token * CHANNELS + block * W, CHANNELS - block * W
-    c, stride = gl.arange(0, W, layout=OWN), SIGN * CHANNELS
+    corner, left = token * CHANNELS + block * BLOCK_C, CHANNELS - block * BLOCK_C
+    c, stride = gl.arange(0, BLOCK_C, layout=OWN), SIGN * CHANNELS
     real, tokens = c < left, length - tile * TILE
-    a_s = gl.allocate_shared_memory(a_ptr.dtype.element_ty, [TILE, W], PLAIN)
-    b_s = gl.allocate_shared_memory(b_ptr.dtype.element_ty, [TILE, W], PLAIN)
-    a_rows = a_s._reinterpret(a_ptr.dtype.element_ty, [TILE, W], ROW)
-    b_rows = b_s._reinterpret(b_ptr.dtype.element_ty, [TILE, W], ROW)
+    a_s = gl.allocate_shared_memory(a_ptr.dtype.element_ty, [TILE, BLOCK_C], PLAIN)
+    b_s = gl.allocate_shared_memory(b_ptr.dtype.element_ty, [TILE, BLOCK_C], PLAIN)
+    a_rows = a_s._reinterpret(a_ptr.dtype.element_ty, [TILE, BLOCK_C], ROW)
+    b_rows = b_s._reinterpret(b_ptr.dtype.element_ty, [TILE, BLOCK_C], ROW)
     before = gl.where(tile == 0, GRADIENT, 0)  # rows that do not exist
     fetch(a_s, a_ptr + corner - SIGN * GRADIENT * CHANNELS, before, tokens, stride, left)
     fetch(b_s, b_ptr + corner, 0, tokens, stride, left)
     if GRADIENT:
-        h_s = gl.allocate_shared_memory(h_ptr.dtype.element_ty, [TILE, W], PLAIN)
-        h_rows = h_s._reinterpret(h_ptr.dtype.element_ty, [TILE, W], ROW)
+        h_s = gl.allocate_shared_memory(h_ptr.dtype.element_ty, [TILE, BLOCK_C], PLAIN)
+        h_rows = h_s._reinterpret(h_ptr.dtype.element_ty, [TILE, BLOCK_C], ROW)
         fetch(h_s, h_ptr + corner + stride, 0, tokens - 1, stride, left)
     async_copy.commit_group()
-    h0 = gl.load(h0_ptr + batch * CHANNELS + block * W + c, real, 0.0).to(gl.float32)
+    h0 = gl.load(h0_ptr + batch * CHANNELS + block * BLOCK_C + c, real, 0.0).to(gl.float32)
     async_copy.wait_group(0)
-    product, end = gl.full([W], 1.0, gl.float32, OWN), gl.zeros([W], gl.float32, OWN)
+    product, end = gl.full([BLOCK_C], 1.0, gl.float32, OWN), gl.zeros([BLOCK_C], gl.float32, OWN)
     for k in gl.static_range(TILE):
         a = a_rows.index(k).load(OWN).to(gl.float32)
         end = gl.fma(a, end, b_rows.index(k).load(OWN).to(gl.float32))
         product *= a
-    start = gl.zeros([W], gl.float32, OWN) if GRADIENT else h0
+    start = gl.zeros([BLOCK_C], gl.float32, OWN) if GRADIENT else h0
     h = look_back(
-        gl.expand_dims(words_ptr + batch * slots * CHANNELS + block * W + c, 0),
+        gl.expand_dims(words_ptr + batch * slots * CHANNELS + block * BLOCK_C + c, 0),
         gl.expand_dims(product, 0), gl.expand_dims(end, 0),
         gl.expand_dims(start, 0), tile, tiles, gl.expand_dims(real, 0),
         gl.arange(0, GROUP, layout=gl.SliceLayout(1, LOOK))[:, None], CHANNELS, GROUP, LEVELS,
