@@ -2,34 +2,42 @@
 
 import importlib
 import importlib.util
-from collections.abc import Iterable
+import math
+import numbers
+import operator
+import os
+from collections.abc import Collection, Iterable
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def check_tensors(**tensors: Tensor | None) -> None:
+def check_tensors(optional: Collection[str] = (), **tensors: Tensor | None) -> None:
     """Check that the named tensors are finite numbers of one dtype on one device.
 
-    The first tensor sets the dtype and the device; a tensor that is None is passed over.
+    The first tensor sets the dtype and the device; one that is optional may be None.
 
     Raises:
         TypeError: if one is no tensor, is not floating or complex, or has another dtype.
         ValueError: if one lies on another device, or holds a NaN or an infinity.
     """
-    check_dtypes(**tensors)
+    check_dtypes(optional, **tensors)
     for name, tensor in tensors.items():
         if tensor is not None:
             check_finite(name, tensor)
 
 
-def check_dtypes(**tensors: Tensor | None) -> None:
+def check_dtypes(optional: Collection[str] = (), **tensors: Tensor | None) -> None:
     """Check the same but for NaN and infinity, which takes no pass over the numbers."""
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    given = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not (tensor is None and name in optional)
+    }
     for name, tensor in given.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+        check_is_tensor(name, tensor)
         if not (tensor.is_floating_point() or tensor.is_complex()):
             raise TypeError(f"{name} has dtype {tensor.dtype}, expected a floating or complex one")
     (first, model), *others = given.items()
@@ -42,8 +50,33 @@ def check_dtypes(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} is on device {tensor.device}, {needed}")
 
 
+def check_is_tensor(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless it is a tensor with numbers, one after the other, in memory."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}, expected {torch.strided}")
+
+
+def can_look_at(tensor: Tensor) -> bool:
+    """Say whether the numbers of a tensor can be asked for.
+
+    Not if a tracer or a transform runs the program for numbers that come later or for many at once,
+    nor while a CUDA graph is recorded. Checks of values are left out then.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return False
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return not tensor.is_meta and type(tensor) in (Tensor, torch.nn.Parameter)
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise ValueError if the tensor holds a NaN or an infinity; the message says where."""
+    if not can_look_at(tensor):
+        return
     finite = torch.isfinite(tensor)
     if not finite.all():
         where = tuple((~finite).nonzero()[0].tolist())
@@ -52,26 +85,28 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 
 def check_shape(name: str, tensor: Tensor, axes: str, **sizes: int) -> None:
-    """Check the last axes of a tensor; axes in front of them are free.
+    """Check the axes of a tensor.
 
     Args:
         name: the argument's name, for the message.
         tensor: the tensor to check.
-        axes: names of its last axes, such as `"state inputs"`.
+        axes: names of its axes, such as `"state inputs"`; after "..." of its last ones, as in
+            `"... length channels"`.
         sizes: sizes that are known, by axis name; an axis without one may have any size.
 
     Raises:
-        ValueError: if there are too few axes or one has another size than needed.
+        ValueError: if there are too few axes, or too many, or one has another size than needed.
     """
-    names = axes.split()
-    given = tuple(tensor.shape)
-    fits = len(given) >= len(names) and all(
-        size == sizes.get(axis, size)
-        for axis, size in zip(reversed(names), reversed(given), strict=False)
-    )
-    if not fits:
-        symbols = ", ".join(["...", *names])
-        numbers = ", ".join(["...", *(str(sizes.get(axis, axis)) for axis in names)])
+    names, given = axes.split(), tuple(tensor.shape)
+    free = names[0] == "..."
+    named = names[1:] if free else names
+    enough = len(given) >= len(named) if free else len(given) == len(named)
+    last = given[len(given) - len(named) :] if enough else ()
+    if not (
+        enough and all(size == sizes.get(n, size) for n, size in zip(named, last, strict=True))
+    ):
+        symbols = ", ".join(names)
+        numbers = ", ".join(str(sizes.get(axis, axis)) for axis in names)
         equal = "" if numbers == symbols else f" = ({numbers})"
         raise ValueError(f"{name} has shape {given}, expected ({symbols}){equal}")
 
@@ -101,9 +136,14 @@ def check_step(dt: float | Tensor, like: Tensor) -> Tensor:
     if dt.device != like.device:
         raise ValueError(f"dt is on device {dt.device}, expected {like.device}")
     check_finite("dt", dt)
-    if not (dt > 0).all():
-        raise ValueError(f"dt has minimum {dt.min().item():g}, expected every step to be positive")
+    check_least("dt", dt, dt > 0, "every step to be positive")
     return dt
+
+
+def check_least(name: str, tensor: Tensor, right: Tensor, needed: str) -> None:
+    """Raise ValueError unless `right`, a comparison with the tensor, holds everywhere."""
+    if can_look_at(tensor) and not right.all():
+        raise ValueError(f"{name} has minimum {tensor.min().item():g}, expected {needed}")
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
@@ -113,12 +153,81 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
-def check_length(length: int, name: str = "length") -> None:
-    """Raise TypeError or ValueError unless length is a positive whole number."""
-    if isinstance(length, bool) or not isinstance(length, int):
+def check_length(length: int, name: str = "length", least: int = 1) -> int:
+    """Return a whole number that is at least `least`, NumPy's among them, as an int.
+
+    Raises:
+        TypeError: length is no whole number, or True or False.
+        ValueError: it is below `least`.
+    """
+    if isinstance(length, bool) or not hasattr(type(length), "__index__"):
         raise TypeError(f"{name} is a {type(length).__name__}, expected a whole number")
-    if length < 1:
-        raise ValueError(f"{name} is {length}, expected at least 1")
+    if isinstance(length, Tensor):
+        raise TypeError(f"{name} is a tensor, expected a whole number")
+    length = operator.index(length)
+    if length < least:
+        raise ValueError(f"{name} is {length}, expected at least {least}")
+    return length
+
+
+def check_memory(name: str, value: object, numbers: int) -> None:
+    """Raise ValueError if so many numbers of 8 bytes are more than the machine's memory."""
+    if 8 * numbers > MEMORY:
+        needed = f"expected less: it takes {8 * numbers / 2**30:.3g} GiB of {MEMORY / 2**30:.3g}"
+        raise ValueError(f"{name} is {value}, {needed}")
+
+
+def _memory() -> int:
+    """Return the bytes of the machine's memory; where that is not known, a lot."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 1 << 40
+
+
+MEMORY = _memory()
+
+
+def check_number(
+    name: str,
+    value: float,
+    *,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    below: float = math.inf,
+    most: float = math.inf,
+) -> float:
+    """Return a finite real number with above < value < below and least ≤ value ≤ most.
+
+    Raises:
+        TypeError: value is no real number, or True or False.
+        ValueError: it is NaN or infinite, or lies outside.
+    """
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a number")
+    if not (math.isfinite(value) and above < value < below and least <= value <= most):
+        bounds = [
+            f"{sign} {bound:g}"
+            for sign, bound in ((">", above), ("≥", least), ("<", below), ("≤", most))
+            if math.isfinite(bound)
+        ]
+        raise ValueError(f"{name} is {value}, expected a finite number {' and '.join(bounds)}")
+    return value
+
+
+def check_range(dt_min: float, dt_max: float) -> None:
+    """Raise TypeError or ValueError unless these are numbers with 0 < dt_min ≤ dt_max."""
+    for name, value in (("dt_min", dt_min), ("dt_max", dt_max)):
+        check_number(name, value, above=0)
+    if dt_min > dt_max:
+        raise ValueError(f"dt_min is {dt_min} and dt_max {dt_max}, expected 0 < dt_min ≤ dt_max")
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """Return value if it is True or False, else raise TypeError."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected True or False")
+    return bool(value)
 
 
 def check_library(module: str, extra: str) -> ModuleType:
@@ -136,12 +245,20 @@ def installed(library: str) -> bool:
     return importlib.util.find_spec(library) is not None
 
 
+HAS_TRITON = installed("triton")  # looked up once: a tracer cannot look for files
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the real dtype to compute in: float64 for double precision, else float32."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+
+
 def check_triton(tensor: Tensor, name: str) -> None:
     """Raise ValueError unless the tensor can enter a Triton kernel; `name` asked for one.
 
     Where there is a GPU it must lie there; where there is none, kernels run in the interpreter.
     """
-    if not installed("triton"):
+    if not HAS_TRITON:
         raise ValueError(f"{name} is 'triton', but Triton is not installed: pip install triton")
     small = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32)
     if not small or tensor.is_cuda != torch.cuda.is_available():

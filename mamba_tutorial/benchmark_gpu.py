@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -263,9 +264,13 @@ def ours_scan(x, dt, A, B, C, D, z, bias) -> Tensor:
 
 
 def plain_scan(*given: Tensor) -> Tensor:
-    """The same in plain Triton, without the layouts of Gluon."""
-    with mock.patch("mamba_tutorial.kernels.selective_scan._takes", return_value=False):
-        return ours_scan(*given)
+    """The same in plain Triton, while `without_gluon` is in force."""
+    return ours_scan(*given)
+
+
+def without_gluon() -> AbstractContextManager:
+    """Keep the selective scan from choosing its kernels with the layouts of Gluon."""
+    return mock.patch("mamba_tutorial.kernels.selective_scan._takes", return_value=False)
 
 
 def unfused_scan(x, dt, A, B, C, D, z, bias) -> Tensor:
@@ -301,7 +306,9 @@ def selective() -> Iterator[Row]:
         shape = {"batch": batch, "length": length, "d_inner": d_inner}
         for name, (scan, inputs, gradient) in candidates.items():
             row = {**shape, "name": name}
-            yield attempt(row, partial(_selective, scan, inputs, gradient, exact))
+            with without_gluon() if scan is plain_scan else nullcontext():
+                row = attempt(row, partial(_selective, scan, inputs, gradient, exact))
+            yield row
         del given, last, candidates, upstream
 
 

@@ -12,12 +12,22 @@ Each takes dense matrices or, with `diagonal=True`, the diagonals only. Each bro
 leading batch axes, works in float32, float64 and complex, and is differentiable in A, B and Δ.
 """
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
-from mamba_tutorial._check import check_shape, check_square, check_step, check_tensors
+from mamba_tutorial._check import (
+    can_look_at,
+    check_flag,
+    check_shape,
+    check_square,
+    check_step,
+    check_tensors,
+)
 
 Step = float | int | Float[Tensor, "*#batch"]
 Matrix = Inexact[Tensor, "*#batch state state"] | Inexact[Tensor, "*#batch state"]
@@ -45,13 +55,7 @@ def zoh(A: Matrix, B: Inputs, dt: Step, *, diagonal: bool = False) -> tuple[Tens
         TypeError: an argument has a dtype that is not floating or complex, or not that of A.
         ValueError: a shape does not fit, a value is NaN or infinite, Δ ≤ 0, devices differ.
     """
-    dt = _check(A, B, dt, diagonal)
-    if diagonal:
-        z = dt[..., None] * A
-        return torch.exp(z), dt[..., None] * exprel(z) * B
-    dt = dt[..., None, None]
-    A_bar, mean = matrix_exp_and_exprel(dt * A)
-    return A_bar, dt * mean @ B
+    return _discretize(diagonal_zoh if diagonal else dense_zoh, A, B, dt, diagonal)
 
 
 def bilinear(A: Matrix, B: Inputs, dt: Step, *, diagonal: bool = False) -> tuple[Tensor, Tensor]:
@@ -68,18 +72,13 @@ def bilinear(A: Matrix, B: Inputs, dt: Step, *, diagonal: bool = False) -> tuple
     Raises:
         ValueError: Δ A has an eigenvalue of exactly 2, where the rule is undefined.
     """
-    dt = _check(A, B, dt, diagonal)
-    if diagonal:
-        half = dt[..., None] / 2 * A
-        _check_bilinear((half != 1).all())
-        return (1 + half) / (1 - half), dt[..., None] * B / (1 - half)
-    identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    dt = dt[..., None, None]
-    left = identity - dt / 2 * A
-    factors, pivots, info = torch.linalg.lu_factor_ex(left)
-    _check_bilinear((info == 0).all())
-    A_bar = torch.linalg.lu_solve(factors, pivots, (identity + dt / 2 * A).expand_as(left))
-    return A_bar, torch.linalg.lu_solve(factors, pivots, dt * B)
+    A_bar, B_bar = _discretize(
+        diagonal_bilinear if diagonal else dense_bilinear, A, B, dt, diagonal
+    )
+    if can_look_at(A_bar) and not A_bar.isfinite().all():
+        needed = "expected I - dt/2 A to be invertible; choose another dt or use zoh"
+        raise ValueError(f"dt makes 2 an eigenvalue of dt A, {needed}")
+    return A_bar, B_bar
 
 
 def euler(A: Matrix, B: Inputs, dt: Step, *, diagonal: bool = False) -> tuple[Tensor, Tensor]:
@@ -91,15 +90,54 @@ def euler(A: Matrix, B: Inputs, dt: Step, *, diagonal: bool = False) -> tuple[Te
 
     Args, Returns and Raises are those of `zoh`.
     """
-    dt = _check(A, B, dt, diagonal)
-    if diagonal:
-        return 1 + dt[..., None] * A, dt[..., None] * B
-    identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    dt = dt[..., None, None]
-    return identity + dt * A, dt * B
+    return _discretize(diagonal_euler if diagonal else dense_euler, A, B, dt, diagonal)
 
 
 METHODS = {"zoh": zoh, "bilinear": bilinear, "euler": euler}
+
+
+# The rules themselves, without checks, for those that apply them again and again. dt: (...).
+
+
+def diagonal_zoh(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Ā and B̄ of diagonals (..., state)."""
+    z = dt[..., None] * A
+    return torch.exp(z), dt[..., None] * exprel(z) * B
+
+
+def dense_zoh(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Ā and B̄ of matrices."""
+    dt = dt[..., None, None]
+    A_bar, mean = matrix_exp_and_exprel(dt * A)
+    return A_bar, dt * mean @ B
+
+
+def diagonal_bilinear(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Ā and B̄ of diagonals (..., state); not finite where the rule is undefined."""
+    half = dt[..., None] / 2 * A
+    return (1 + half) / (1 - half), dt[..., None] * B / (1 - half)
+
+
+def dense_bilinear(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Ā and B̄ of matrices; not finite where the rule is undefined."""
+    identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    dt = dt[..., None, None]
+    left = identity - dt / 2 * A
+    factors, pivots, _ = torch.linalg.lu_factor_ex(left)
+    A_bar = torch.linalg.lu_solve(factors, pivots, (identity + dt / 2 * A).expand_as(left))
+    return A_bar, torch.linalg.lu_solve(factors, pivots, dt * B)
+
+
+def diagonal_euler(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Ā and B̄ of diagonals (..., state)."""
+    return 1 + dt[..., None] * A, dt[..., None] * B
+
+
+def dense_euler(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Ā and B̄ of matrices."""
+    identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    dt = dt[..., None, None]
+    return identity + dt * A, dt * B
 
 
 def exprel(z: Inexact[Tensor, "*shape"]) -> Inexact[Tensor, "*shape"]:
@@ -118,32 +156,53 @@ def exprel(z: Inexact[Tensor, "*shape"]) -> Inexact[Tensor, "*shape"]:
     return torch.where(small, series, torch.expm1(far) / far)
 
 
+def exprel_slope(z: Inexact[Tensor, "*shape"]) -> Inexact[Tensor, "*shape"]:
+    """Return the derivative of `exprel`, (eᶻ − exprel(z)) / z, elementwise; ½ at z = 0.
+
+    For |z| < ½ by its series Σ (j + 1) zʲ / (j + 2)!.
+    """
+    small = z.abs() < 0.5
+    near = torch.where(small, z, torch.zeros_like(z))
+    far = torch.where(small, torch.ones_like(z), z)
+    series = torch.zeros_like(z)
+    for j in range(14, -1, -1):
+        series = (j + 1) / math.factorial(j + 2) + series * near
+    return torch.where(small, series, (torch.exp(far) - torch.expm1(far) / far) / far)
+
+
 def matrix_exp_and_exprel(
     Z: Inexact[Tensor, "*batch state state"],
 ) -> tuple[Inexact[Tensor, "*batch state state"], Inexact[Tensor, "*batch state state"]]:
     """Return exp(Z) and exprel(Z) = ∫₀¹ exp(s Z) ds of square matrices.
 
     Both are blocks of one exponential, exp([[Z, I], [0, 0]]) = [[exp(Z), exprel(Z)], [0, I]]
-    (Van Loan 1978, with the identity in the place of B).
+    (Van Loan 1978, with the identity in the place of B). Computed in double precision: to take an
+    exponential is to halve the matrix until it is small and to square the result as often, and of a
+    mode that is a million times slower than the fastest float32 loses every digit on the way.
     """
-    state = Z.shape[-1]
+    given, state = Z.dtype, Z.shape[-1]
+    if Z.device.type != "mps":  # which has no double precision
+        Z = Z.to(torch.complex128 if Z.is_complex() else torch.float64)
     identity = torch.eye(state, dtype=Z.dtype, device=Z.device).expand_as(Z)
     # The identity also keeps the norm of the block at 1 or more, where torch.matrix_exp is
     # accurate to rounding; for matrices of small norm it is not.
     block = F.pad(torch.cat([Z, identity], dim=-1), (0, 0, 0, state))
-    exponential = torch.matrix_exp(block)
+    exponential = torch.matrix_exp(block).to(given)
     return exponential[..., :state, :state], exponential[..., :state, state:]
 
 
-def _check(A: Tensor, B: Tensor, dt: Step, diagonal: bool) -> Tensor:
-    """Check the arguments that the three rules share; return dt as a tensor."""
+def _discretize(
+    rule: Callable, A: Tensor, B: Tensor, dt: Step, diagonal: bool
+) -> tuple[Tensor, Tensor]:
+    """Check what the three rules share, and apply one; half precision is computed in float32."""
+    check_flag("diagonal", diagonal)
     check_tensors(A=A, B=B)
     if diagonal:
-        check_shape("A", A, "state")
-        check_shape("B", B, "state", state=A.shape[-1])
+        check_shape("A", A, "... state")
+        check_shape("B", B, "... state", state=A.shape[-1])
     else:
         check_square("A", A)
-        check_shape("B", B, "state inputs", state=A.shape[-1])
+        check_shape("B", B, "... state inputs", state=A.shape[-1])
     dt = check_step(dt, like=A)
     axes = 1 if diagonal else 2
     batches = [A.shape[:-axes], B.shape[:-axes], dt.shape]
@@ -152,10 +211,7 @@ def _check(A: Tensor, B: Tensor, dt: Step, diagonal: bool) -> Tensor:
     except RuntimeError:
         given = ", ".join(f"{n} {tuple(b)}" for n, b in zip(("A", "B", "dt"), batches, strict=True))
         raise ValueError(f"batch axes do not broadcast together: {given}") from None
-    return dt
-
-
-def _check_bilinear(invertible: Tensor) -> None:
-    if not invertible:
-        needed = "expected I - dt/2 A to be invertible; choose another dt or use zoh"
-        raise ValueError(f"dt makes 2 an eigenvalue of dt A, {needed}")
+    if A.dtype in (torch.float16, torch.bfloat16):
+        A_bar, B_bar = rule(A.float(), B.float(), dt.float())
+        return A_bar.to(A.dtype), B_bar.to(A.dtype)
+    return rule(A, B, dt)

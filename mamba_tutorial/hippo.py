@@ -21,7 +21,15 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from mamba_tutorial._check import check_choice, check_length, check_tensors
+from mamba_tutorial._check import (
+    check_choice,
+    check_length,
+    check_memory,
+    check_number,
+    check_shape,
+    check_tensors,
+    wide,
+)
 from mamba_tutorial.discretize import zoh
 
 Measure = Literal["legs", "legt", "fourier"]
@@ -38,7 +46,7 @@ def hippo_legs(n: int) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n 1"]]:
     Raises:
         TypeError, ValueError: n is not a positive whole number.
     """
-    check_length(n, name="n")
+    n = _check_order(n)
     root = _roots(n)
     below = torch.tril(torch.outer(root, root), diagonal=-1)
     return -below - torch.diag(torch.arange(n).double() + 1), root[:, None]
@@ -55,7 +63,7 @@ def hippo_legt(n: int, window: float = 1.0) -> tuple[Float[Tensor, "n n"], Float
     Raises:
         TypeError, ValueError: n is not a positive whole number.
     """
-    check_length(n, name="n")
+    n, window = _check_order(n), check_number("window", window, above=0)
     root, index = _roots(n), torch.arange(n)
     alternating = (-1.0) ** (index[:, None] - index).double()
     sign = torch.where(index <= index[:, None], torch.ones(n, n).double(), alternating)
@@ -75,7 +83,7 @@ def hippo_fourier(n: int, window: float = 1.0) -> tuple[Float[Tensor, "n n"], Fl
     Raises:
         TypeError, ValueError: n is not an odd positive number: one constant, and pairs.
     """
-    check_length(n, name="n")
+    n, window = _check_order(n), check_number("window", window, above=0)
     if n % 2 == 0:
         raise ValueError(f"n is {n}, expected an odd number: one constant, and pairs")
     edge = basis(torch.zeros(1).double(), n, "fourier")[0]
@@ -96,7 +104,11 @@ def basis(
     s = t − θ + position · θ for the windows. A signal with coefficients c is `basis(…) @ c` there.
     """
     check_choice("measure", measure, ["legs", "legt", "fourier"])
-    check_length(n, name="n")
+    check_tensors(position=position)
+    if position.is_complex():
+        raise TypeError(f"position has dtype {position.dtype}, expected a real one")
+    check_shape("position", position, "points")
+    n = _check_order(n, len(position))
     if measure == "fourier":
         columns = [torch.ones_like(position)]
         for index in range(1, n):
@@ -139,15 +151,22 @@ def online_memory(
     """
     check_choice("measure", measure, ["legs", "legt", "fourier"])
     check_tensors(x=x)
-    check_length(x.shape[-1] if x.ndim else 0, name="the length of x")
+    if x.is_complex():
+        raise TypeError(f"x has dtype {x.dtype}, expected a real one")
+    check_shape("x", x, "... length")
+    check_length(x.shape[-1], name="the length of x")
+    n = _check_order(n, x.numel())
     if (window is None) != (measure == "legs"):
         raise ValueError(f"window is {window}, expected one for legt and fourier, None for legs")
     if measure == "legs":
         clock = torch.arange(1, x.shape[-1]).double()
         A_bar, B_bar = zoh(*hippo_legs(n), torch.log1p(1 / clock))
     else:
+        check_number("window", window, above=0)
         system = hippo_legt(n, window) if measure == "legt" else hippo_fourier(n, window)
         A_bar, B_bar = (matrix.expand(x.shape[-1], -1, -1) for matrix in zoh(*system, 1.0))
+    # in half precision the coefficients would lose at every step more than it adds
+    given, x = x.dtype, x.to(wide(x.dtype))
     c = x.new_zeros(*x.shape[:-1], n)
     states = []
     if measure == "legs":
@@ -156,7 +175,7 @@ def online_memory(
     for keep, take, sample in zip(A_bar.to(x), B_bar.to(x), x.unbind(-1), strict=True):
         c = c @ keep.mT + sample[..., None] * take[:, 0]
         states.append(c)
-    return torch.stack(states, dim=-2)
+    return torch.stack(states, dim=-2).to(given)
 
 
 def nplr(n: int) -> tuple[Float[Tensor, "n n"], Float[Tensor, " n"]]:
@@ -193,7 +212,7 @@ def dplr(n: int) -> DPLR:
     Raises:
         TypeError, ValueError: n is not an even positive number.
     """
-    check_length(n, name="n")
+    n = _check_order(n)
     if n % 2:
         raise ValueError(f"n is {n}, expected an even number, for pairs of eigenvalues")
     S, P = nplr(n)
@@ -205,6 +224,13 @@ def dplr(n: int) -> DPLR:
     Lambda = -0.5 + 1j * torch.cat([w, -w])
     B = hippo_legs(n)[1][:, 0].to(V)
     return DPLR(Lambda, V.mH @ P.to(V), V.mH @ B, V)
+
+
+def _check_order(n: int, rows: int | None = None) -> int:
+    """Check n, and that there is room for n numbers in each of n rows, or of as many as said."""
+    n = check_length(n, name="n")
+    check_memory("n", n, n * (n if rows is None else rows))
+    return n
 
 
 def _roots(n: int) -> Tensor:

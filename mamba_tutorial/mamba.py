@@ -11,8 +11,8 @@ which takes a state and returns one), and token by token (`step`).
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -23,7 +23,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mamba_tutorial import checkpoints
-from mamba_tutorial._check import check_length, installed
+from mamba_tutorial._check import (
+    HAS_TRITON,
+    can_look_at,
+    check_choice,
+    check_flag,
+    check_is_tensor,
+    check_least,
+    check_length,
+    check_number,
+    check_shape,
+    wide,
+)
+from mamba_tutorial.ops import register, vjp
 from mamba_tutorial.selective import SelectiveSSM
 
 Sequence = Float[Tensor, "batch length d_model"]
@@ -52,7 +64,9 @@ class MambaConfig:
         dt_min, dt_max, dt_floor: the range of Δ at the start, as in `SelectiveSSM`.
 
     Raises:
-        TypeError, ValueError: a size is not a positive whole number.
+        TypeError: a field is of another type; whole numbers may be NumPy's, True is no number.
+        ValueError: a size is below 1, norm_eps or dt_floor is negative, or not 0 < dt_min ≤ dt_max;
+            a number is NaN or infinite.
     """
 
     d_model: int
@@ -72,10 +86,22 @@ class MambaConfig:
     dt_floor: float = 1e-4
 
     def __post_init__(self):
+        if isinstance(self.dt_rank, str):
+            check_choice("dt_rank", self.dt_rank, ["auto"])
         sizes = ["d_model", "n_layer", "vocab_size", "d_state", "d_conv", "expand"]
-        sizes += ["pad_vocab_size_multiple"] + ["dt_rank"] * (self.dt_rank != "auto")
-        for name in sizes:
-            check_length(getattr(self, name), name=name)
+        sizes += ["pad_vocab_size_multiple"] + ["dt_rank"] * (not isinstance(self.dt_rank, str))
+        checked = {name: check_length(getattr(self, name), name=name) for name in sizes}
+        for name in ("conv_bias", "bias", "tie_embeddings"):
+            checked[name] = check_flag(name, getattr(self, name))
+        for name, bounds in (
+            ("norm_eps", {"least": 0}),
+            ("dt_max", {"above": 0}),
+            ("dt_min", {"above": 0, "most": self.dt_max}),
+            ("dt_floor", {"least": 0}),
+        ):
+            checked[name] = float(check_number(name, getattr(self, name), **bounds))
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # the dataclass is frozen
 
     @property
     def d_inner(self) -> int:
@@ -85,7 +111,7 @@ class MambaConfig:
     @property
     def rank(self) -> int:
         """The rank of the projection to Δ, as a number."""
-        return math.ceil(self.d_model / 16) if self.dt_rank == "auto" else self.dt_rank
+        return -(-self.d_model // 16) if self.dt_rank == "auto" else self.dt_rank
 
     @property
     def rows(self) -> int:
@@ -106,6 +132,44 @@ class BlockState(NamedTuple):
 
 
 State = tuple[BlockState, ...]  # one for each block of a model
+torch.serialization.add_safe_globals([BlockState])  # so that torch.load takes a saved state
+
+
+class CausalConv1d(nn.Conv1d):
+    """silu of a causal convolution, of each channel by itself; channels last.
+
+        y_t = silu(bias + Σ_k weight_k x_{t − width + 1 + k})
+
+    It reads sequences, or one token of each, after the `width − 1` tokens before them. On a GPU it
+    is a kernel.
+
+    Args:
+        channels: the number of channels.
+        width: the number of tokens that an output depends on.
+        bias: whether there is a bias.
+    """
+
+    def __init__(self, channels: int, width: int, bias: bool):
+        super().__init__(channels, channels, width, groups=channels, bias=bias)
+
+    def forward(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return y; and, if some were given, the last width − 1 tokens, for the next call.
+
+        Args:
+            x: (batch, length, channels), or (batch, channels) for one token.
+            before: (batch, width − 1, channels), the tokens before; zeros by default.
+        """
+        width, first = self.kernel_size[0] - 1, before is None
+        before = x.new_zeros(len(x), width, x.shape[-1]) if first else before.to(x.dtype)
+        given = x, before, self.weight.squeeze(1), self.bias
+        has_kernel = x.is_cuda and x.dtype != torch.float64 and width < 7 and HAS_TRITON
+        if x.ndim == 2:
+            return _CONV_STEP(*given) if has_kernel else _convolve_token(*given)
+        y = _CONV(*given) if has_kernel else _convolve(*given)
+        if first:
+            return y, None
+        end = torch.cat([before, x[:, max(0, x.shape[1] - width) :]], 1)
+        return y, end[:, end.shape[1] - width :]
 
 
 class MambaBlock(nn.Module):
@@ -116,15 +180,17 @@ class MambaBlock(nn.Module):
 
     Args:
         config: the sizes; n_layer and vocab_size play no part here.
+
+    Raises:
+        TypeError: config is no MambaConfig.
     """
 
     def __init__(self, config: MambaConfig):
+        _check_config(config)
         super().__init__()
-        d_inner = config.d_inner
+        self.d_model, d_inner = config.d_model, config.d_inner
         self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=config.bias)
-        self.conv1d = nn.Conv1d(
-            d_inner, d_inner, config.d_conv, groups=d_inner, bias=config.conv_bias
-        )
+        self.conv1d = CausalConv1d(d_inner, config.d_conv, config.conv_bias)
         self.ssm = SelectiveSSM(
             d_inner,
             config.d_state,
@@ -140,73 +206,183 @@ class MambaBlock(nn.Module):
 
     def initial_state(self, batch: int) -> BlockState:
         """Return the state before the first token: zeros."""
-        check_length(batch, name="batch")
-        d_inner, _, d_conv = self.conv1d.weight.shape
-        conv = self.in_proj.weight.new_zeros(batch, d_conv - 1, d_inner)
-        return BlockState(conv, self.ssm.A_log.new_zeros(batch, *self.ssm.A_log.shape).float())
+        batch = check_length(batch, name="batch", least=0)
+        A_log, weight = self.ssm.A_log, self.conv1d.weight
+        conv, h = self._state_shapes(batch)
+        return BlockState(
+            torch.zeros(conv, dtype=weight.dtype, device=weight.device),
+            torch.zeros(h, dtype=wide(A_log.dtype), device=A_log.device),
+        )
 
-    def forward(self, x: Sequence) -> Sequence:
-        """Run over whole sequences."""
-        return self.prefill(x, self.initial_state(len(x)))[0]
+    def forward(
+        self, x: Sequence | Token, state: BlockState | None = None
+    ) -> Sequence | Token | tuple[Sequence | Token, BlockState]:
+        """Run over sequences from their start; or, given a state, go on from there and return it.
+
+        Args:
+            x: (batch, length, d_model), or, with a state, (batch, d_model) for one token of each.
+            state: what came before, from `initial_state` or an earlier call.
+
+        Returns:
+            y, like x; if a state was given, also the state after it.
+
+        Raises:
+            TypeError, ValueError: x or the state is of another kind, shape, dtype or device.
+        """
+        axes = "batch d_model" if state is not None and x.ndim == 2 else "batch length d_model"
+        _check_signal("x", x, axes, self.d_model)
+        conv = h = None
+        if state is not None:
+            conv, h = self._checked(state, x)
+        inner, z = self.in_proj(x).chunk(2, dim=-1)
+        mixed, conv = self.conv1d(inner, conv)
+        y, h = self.ssm(mixed, z, h)
+        y = self.out_proj(y)
+        return y if state is None else (y, BlockState(conv, h))
 
     def prefill(self, x: Sequence, state: BlockState) -> tuple[Sequence, BlockState]:
         """Read a piece of the sequences; return its outputs and the state after it."""
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        before = state.conv.to(x.dtype)
-        if self._has_kernel(x, state.conv):
-            from mamba_tutorial.kernels.conv import causal_conv
-
-            mixed = causal_conv(x, before, self.conv1d.weight.squeeze(1), self.conv1d.bias)
-        else:
-            window = torch.cat([before, x], dim=1)
-            mixed = F.silu(self.conv1d(window.mT).mT)
-        y, h = self.ssm(mixed, z, state.h)
-        width = before.shape[1]
-        end = torch.cat([before, x[:, max(0, x.shape[1] - width) :]], dim=1)
-        kept = end[:, end.shape[1] - width :]
-        return self.out_proj(y), BlockState(kept, h)
+        _check_signal("x", x, "batch length d_model", self.d_model)
+        return self(x, self._checked(state, x))
 
     def step(self, x: Token, state: BlockState) -> tuple[Token, BlockState]:
         """Read one token of each sequence; return its output and the state after it."""
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        before, weight = state.conv.to(x.dtype), self.conv1d.weight.squeeze(1)
-        if self._has_kernel(x, state.conv) and not torch.is_grad_enabled():
-            from mamba_tutorial.kernels.decode import conv_step
+        _check_signal("x", x, "batch d_model", self.d_model)
+        return self(x, self._checked(state, x))
 
-            mixed, kept = conv_step(x, before, weight, self.conv1d.bias)
-        else:
-            window = torch.cat([before, x[:, None]], dim=1)
-            mixed, kept = (window * weight.mT).sum(1), window[:, 1:]
-            if self.conv1d.bias is not None:
-                mixed = mixed + self.conv1d.bias
-            mixed = F.silu(mixed)
-        y, h = self.ssm.step(mixed, state.h, z)
-        return self.out_proj(y), BlockState(kept, h)
+    def _state_shapes(self, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        d_inner, _, d_conv = self.conv1d.weight.shape
+        return (batch, d_conv - 1, d_inner), (batch, *self.ssm.A_log.shape)
 
-    def _has_kernel(self, x: Tensor, before: Tensor) -> bool:
-        """Say whether the convolution has kernels; they know no gradient of `before`."""
-        wide = self.conv1d.kernel_size[0] > 7
-        return (
-            x.is_cuda
-            and x.dtype != torch.float64
-            and not (wide or before.requires_grad)
-            and installed("triton")
-        )
+    def _checked(self, state: BlockState, x: Tensor) -> BlockState:
+        """Return the state, if it fits x, as a BlockState: a pair of tensors will do."""
+        if not isinstance(state, tuple) or len(state) != 2:
+            given = type(state).__name__
+            raise TypeError(f"state is a {given}, expected a BlockState, of conv and h")
+        for name, part, shape in zip(
+            BlockState._fields, state, self._state_shapes(len(x)), strict=True
+        ):
+            check_is_tensor(f"state.{name}", part)
+            if not part.is_floating_point():
+                raise TypeError(f"state.{name} has dtype {part.dtype}, expected a floating one")
+            if part.shape != shape:
+                given = tuple(part.shape)
+                raise ValueError(f"state.{name} has shape {given}, expected {tuple(shape)}")
+            if part.device != x.device:
+                needed = f"expected {x.device}, that of x"
+                raise ValueError(f"state.{name} is on device {part.device}, {needed}")
+        return BlockState(*state)
+
+
+def _check_signal(name: str, x: Tensor, axes: str, d_model: int) -> None:
+    check_is_tensor(name, x)
+    if not x.is_floating_point():
+        raise TypeError(f"{name} has dtype {x.dtype}, expected a floating one")
+    check_shape(name, x, axes, d_model=d_model)
+    if x.ndim == 3 and x.shape[1] == 0:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected a length of at least 1")
+
+
+def _check_config(config: MambaConfig) -> None:
+    if not isinstance(config, MambaConfig):
+        raise TypeError(f"config is a {type(config).__name__}, expected a MambaConfig")
+
+
+# The convolution as an operator: (x, before, weight, bias), with the weight (channels, width).
+
+
+def _convolve(x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    window = torch.cat([before, x], 1)
+    weight, bias = weight.to(x.dtype)[:, None], None if bias is None else bias.to(x.dtype)
+    return F.silu(F.conv1d(window.mT, weight, bias, groups=len(weight)).mT)
+
+
+def _convolve_token(
+    x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    window = torch.cat([before, x[:, None]], 1)
+    mixed = (window * weight.mT.to(x.dtype)).sum(1)
+    if bias is not None:
+        mixed = mixed + bias.to(x.dtype)
+    return F.silu(mixed), window[:, 1:]
+
+
+def _run_convolution(x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    from mamba_tutorial.kernels.conv import causal_conv
+
+    return causal_conv(x, before, weight, bias)
+
+
+def _convolution_gradient(wanted, upstream, inputs, kept) -> Iterable[Tensor | None]:
+    if wanted[1]:  # the kernel knows none for the tokens before
+        return vjp(_convolve, wanted, upstream, inputs)
+    dx, sums = _CONV_GRADIENTS(*upstream, *inputs)
+    return dx, None, sums[:-1].mT, sums[-1]
+
+
+def _run_convolution_gradients(dy, x, before, weight, bias) -> tuple[Tensor, Tensor]:
+    from mamba_tutorial.kernels.conv import gradients
+
+    return gradients(dy, x, before, weight, bias)
+
+
+def _convolution_gradients(dy, x, before, weight, bias) -> tuple[Tensor, Tensor]:
+    bias = torch.zeros_like(weight[:, 0]) if bias is None else bias
+    wanted = True, False, True, True
+    dx, _, dweight, dbias = vjp(_convolve, wanted, (dy,), (x, before, weight, bias))
+    return dx, torch.cat([dweight.mT, dbias[None]]).float()
+
+
+def _run_convolution_step(x, before, weight, bias) -> tuple[Tensor, Tensor]:
+    from mamba_tutorial.kernels.decode import conv_step
+
+    return conv_step(x, before, weight, bias)
+
+
+_CONV = register(
+    "causal_conv",
+    "(Tensor x, Tensor before, Tensor weight, Tensor? bias) -> Tensor",
+    run=_run_convolution,
+    like=lambda x, *_: x.new_empty(x.shape),
+    definition=_convolve,
+    gradient=_convolution_gradient,
+)
+_CONV_GRADIENTS = register(
+    "causal_conv_backward",
+    "(Tensor dy, Tensor x, Tensor before, Tensor weight, Tensor? bias) -> (Tensor, Tensor)",
+    run=_run_convolution_gradients,
+    like=lambda dy, x, before, weight, bias: (
+        x.new_empty(x.shape),
+        x.new_empty(weight.shape[1] + 1, weight.shape[0], dtype=torch.float32),
+    ),
+    definition=_convolution_gradients,
+)
+_CONV_STEP = register(
+    "causal_conv_step",
+    "(Tensor x, Tensor before, Tensor weight, Tensor? bias) -> (Tensor, Tensor)",
+    run=_run_convolution_step,
+    like=lambda x, before, *_: (x.new_empty(x.shape), x.new_empty(before.shape)),
+    definition=_convolve_token,
+)
 
 
 class _Layer(nn.Module):
-    """u ← u + block(norm(u)), with u in float32 whatever the block computes in."""
+    """u ← u + block(norm(u)), with u in float32 at least, whatever the block computes in."""
 
     def __init__(self, config: MambaConfig):
         super().__init__()
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.mixer = MambaBlock(config)
 
-    def run(self, u: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
-        """Read a piece (batch, length, d_model) or a token (batch, d_model)."""
-        read = self.mixer.step if u.ndim == 2 else self.mixer.prefill
-        y, state = read(self.norm(u.to(self.norm.weight.dtype)), state)
-        return u + y.float(), state
+    def forward(
+        self, u: Tensor, state: BlockState | None = None
+    ) -> Tensor | tuple[Tensor, BlockState]:
+        """Read sequences or a token of each; see `MambaBlock.forward`."""
+        given = self.norm(u.to(self.norm.weight.dtype))
+        if state is None:
+            return u + self.mixer(given).to(u.dtype)
+        y, state = self.mixer(given, state)
+        return u + y.to(u.dtype), state
 
 
 class MambaLM(nn.Module):
@@ -223,6 +399,7 @@ class MambaLM(nn.Module):
     """
 
     def __init__(self, config: MambaConfig):
+        _check_config(config)
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.rows, config.d_model)
@@ -243,14 +420,35 @@ class MambaLM(nn.Module):
         """Return the state before the first token of `batch` sequences."""
         return tuple(layer.mixer.initial_state(batch) for layer in self.layers)
 
-    def forward(self, ids: Ids) -> Float[Tensor, "batch length vocab_size"]:
+    def forward(
+        self, ids: Ids | Int[Tensor, " batch"], state: State | None = None, *, last: bool = False
+    ) -> Tensor | tuple[Tensor, State]:
         """Return the logits of the next token after every token.
 
+        `prefill` and `step` are this call with a state, and so is generation; whatever is hooked to
+        the model or its layers sees them all.
+
+        Args:
+            ids: (batch, length), whole numbers; with a state also (batch,), one token of each.
+            state: what was read before; None for the start of the sequences.
+            last: return the logits after the last token only, (batch, vocab_size).
+
+        Returns:
+            Logits (batch, length, vocab_size), or (batch, vocab_size) of one token; if a state was
+            given, also the state after the tokens.
+
         Raises:
-            TypeError: ids is no tensor of whole numbers.
-            ValueError: ids is not (batch, length), is empty, or has an id outside the vocabulary.
+            TypeError: ids is no tensor of whole numbers; the state is none.
+            ValueError: ids is not (batch, length), is empty, or has an id outside the vocabulary
+                (on a GPU, where that is not waited for, such an id ends the program); the state is
+                of another batch or model.
         """
-        return self.prefill(ids)[0]
+        ids = _check_ids(ids, self.config.vocab_size, (2,) if state is None else (1, 2))
+        if state is not None:
+            _check_state(state, self.config.n_layer)
+        u, state = self._run(ids, state)
+        logits = self._logits(u[:, -1] if last and ids.ndim == 2 else u)
+        return logits if state is None else (logits, state)
 
     def prefill(
         self, ids: Ids, state: State | None = None
@@ -264,8 +462,8 @@ class MambaLM(nn.Module):
         Raises:
             TypeError, ValueError: as `forward`; or the state is of another batch or model.
         """
-        u, state = self._read(ids, state)
-        return self._logits(u), state
+        _check_ids_axes(ids, (2,))
+        return self(ids, self.initial_state(len(ids)) if state is None else state)
 
     def step(
         self, ids: Int[Tensor, " batch"], state: State
@@ -275,8 +473,9 @@ class MambaLM(nn.Module):
         Raises:
             TypeError, ValueError: as `prefill`, with ids (batch,).
         """
-        u, state = self._read(ids, state)
-        return self._logits(u), state
+        _check_ids_axes(ids, (1,))
+        _check_state(state, self.config.n_layer)
+        return self(ids, state)
 
     @torch.no_grad()
     def stream(
@@ -288,18 +487,25 @@ class MambaLM(nn.Module):
         top_p: float | None = None,
         eos: int | None = None,
         generator: torch.Generator | None = None,
+        state: State | None = None,
     ) -> Iterator[Int[Tensor, " batch"]]:
         """Yield the next tokens of each sequence, one after the other, as they are drawn.
 
         The arguments are those of `generate`. A sequence that has ended goes on with eos; when all
         have ended, so does the stream.
         """
-        check_length(max_new_tokens, name="max_new_tokens")
-        _check_sampling(temperature, top_k, top_p)
-        u, state = self._read(ids, None)
-        logits = self._logits(u[:, -1])
+        max_new_tokens = check_length(max_new_tokens, name="max_new_tokens")
+        _check_sampling(temperature, top_k, top_p, generator)
+        if eos is not None:
+            eos = check_length(eos, name="eos", least=0)
+            if eos >= self.config.vocab_size:
+                needed = f"expected a token id below {self.config.vocab_size}"
+                raise ValueError(f"eos is {eos}, {needed}")
+        _check_ids_axes(ids, (2,))
+        state = self.initial_state(len(ids)) if state is None else state
+        logits, state = self(ids, state, last=True)
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        advance = self.step
+        advance = self
         if ids.is_cuda and max_new_tokens > 1 and not torch.is_autocast_enabled("cuda"):
             advance = StepGraph(self, len(ids))
         for count in range(max_new_tokens):
@@ -321,6 +527,7 @@ class MambaLM(nn.Module):
         top_p: float | None = None,
         eos: int | None = None,
         generator: torch.Generator | None = None,
+        state: State | None = None,
     ) -> Int[Tensor, "batch longer"]:
         """Continue the sequences by tokens drawn from the model.
 
@@ -332,6 +539,7 @@ class MambaLM(nn.Module):
             top_p: draw from the fewest most probable tokens that hold this probability together.
             eos: the token that ends a sequence; what follows it is eos again.
             generator: the source of randomness, on the device of ids; PyTorch's own by default.
+            state: what was read before the prompts, as `prefill` returns it.
 
         Returns:
             (batch, length + new): the prompts and what follows. Fewer than max_new_tokens are new
@@ -340,67 +548,69 @@ class MambaLM(nn.Module):
         Raises:
             TypeError, ValueError: as `forward`; or an argument is out of its range.
         """
-        sampling = (temperature, top_k, top_p, eos, generator)
+        sampling = (temperature, top_k, top_p, eos, generator, state)
         tokens = list(self.stream(ids, max_new_tokens, *sampling))
-        return torch.cat([ids, torch.stack(tokens, dim=1)], dim=1)
+        return torch.cat([ids.long(), torch.stack(tokens, dim=1)], dim=1)
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "MambaLM":
         """Load a trained model, in float32, on the CPU, in evaluation mode.
 
         Args:
-            name: a folder, or a name on the hub such as "state-spaces/mamba-130m" or
+            name: a folder; or, as a str, a name on the hub such as "state-spaces/mamba-130m" or
                 "state-spaces/mamba-130m-hf". Both layouts, safetensors and pickles are read; see
                 `mamba_tutorial.checkpoints`.
 
         Raises:
+            TypeError: name is no str and no path.
             FileNotFoundError: there is no such folder, or a file is missing in it.
             ImportError: safetensors or huggingface_hub is needed and not installed.
-            ValueError: the config is of another model; a tensor is missing, unknown or has another
-                shape; a file is damaged, or holds more than tensors.
+            ValueError: the config is of another model; a tensor is missing, unknown or given twice,
+                has another shape, or holds no finite floats; a file is damaged, or holds more than
+                tensors. The message names the file.
         """
-        config, tensors = checkpoints.load(checkpoints.locate(name))
-        config = MambaConfig(**config)
-        with torch.device("meta"):  # the shapes, without numbers that would be thrown away
+        config, tensors = checkpoints.load(checkpoints.locate(name), MambaConfig)
+        with torch.device("meta"):  # the modules, without numbers that would be thrown away
             model = cls(config)
-        tensors = _checked(tensors, model)
-        model.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
+        model.load_state_dict(tensors, assign=True)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `from_pretrained` and transformers' MambaForCausalLM load.
 
-        The rows of the embedding that are no tokens are left out.
+        The rows of the embedding that are no tokens are left out. If anything fails, the folder is
+        as it was; if the machine stops half-way, `from_pretrained` notices.
 
         Raises:
+            TypeError: folder is no str and no path.
             ImportError: safetensors is not installed.
+            OSError: the folder cannot be written, or the disk is full.
+            ValueError: a tensor is not one of the config's, or holds no finite floats.
         """
         tensors = dict(self.state_dict())
         for name in {"embedding.weight", "lm_head.weight"} & set(tensors):
             tensors[name] = tensors[name][: self.config.vocab_size]
-        config = asdict(self.config) | {"dt_rank": self.config.rank}
-        checkpoints.save(Path(folder), config, tensors)
+        config = replace(self.config, dt_rank=self.config.rank, pad_vocab_size_multiple=1)
+        checkpoints.save(checkpoints.as_path("folder", folder), config, tensors)
 
-    def _read(self, ids: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """Check; return what enters the head, and the state."""
-        _check_ids(ids, self.config.vocab_size)
+    def _run(self, ids: Tensor, state: State | None) -> tuple[Tensor, State | None]:
+        u = self.embedding(ids)
+        u = u.to(wide(u.dtype))
         if state is None:
-            state = self.initial_state(len(ids))
-        _check_state(state, len(ids), self.config)
-        return self._run(ids, state)
-
-    def _run(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
-        u = self.embedding(ids).float()
+            for layer in self.layers:
+                u = layer(u)
+            return u, None
         states = []
         for layer, before in zip(self.layers, state, strict=True):
-            u, after = layer.run(u, before)
+            u, after = layer(u, before)
             states.append(after)
         return u, tuple(states)
 
     def _logits(self, u: Tensor) -> Tensor:
-        head = self.embedding if self.config.tie_embeddings else self.lm_head
-        u = self.norm_f(u.to(self.norm_f.weight.dtype))
-        return F.linear(u, head.weight[: self.config.vocab_size])
+        u, count = self.norm_f(u.to(self.norm_f.weight.dtype)), self.config.vocab_size
+        if self.config.tie_embeddings:
+            return F.linear(u, self.embedding.weight[:count])
+        return self.lm_head(u)[..., :count]
 
 
 class StepGraph:
@@ -463,73 +673,70 @@ def sample(
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, " batch"]:
     """Draw a token for each row of logits; the arguments are those of `MambaLM.generate`."""
-    _check_sampling(temperature, top_k, top_p)
+    _check_sampling(temperature, top_k, top_p, generator)
+    check_is_tensor("logits", logits)
+    if not logits.is_floating_point():
+        raise TypeError(f"logits has dtype {logits.dtype}, expected a floating one")
+    check_shape("logits", logits, "batch vocab_size")
+    if not logits.is_cuda:  # on a GPU the look would wait for the model
+        check_least("logits", logits, logits < math.inf, "numbers, and no NaN")
     if temperature == 0:
         return logits.argmax(-1)
-    values, tokens = (logits.float() / temperature).sort(dim=-1, descending=True)
-    probabilities = values.softmax(-1)
+    # the largest is taken away first: it may be large, and the temperature very small
+    values, tokens = logits.double().sort(dim=-1, descending=True)
+    probabilities = ((values - values[:, :1]) / temperature).softmax(-1).float()
     if top_k is not None:
         probabilities[:, top_k:] = 0
     if top_p is not None:  # drop a token if those before it hold enough
         share = probabilities / probabilities.sum(-1, keepdim=True)
         probabilities[share.cumsum(-1) - share >= top_p] = 0
+    if len(logits) == 0:
+        return tokens[:, 0]
     return tokens.gather(1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(1)
 
 
-def _check_sampling(temperature: float | int, top_k: int | None, top_p: float | None) -> None:
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}, expected a number ≥ 0")
+def _check_sampling(
+    temperature: float | int,
+    top_k: int | None,
+    top_p: float | None,
+    generator: torch.Generator | None,
+) -> None:
+    check_number("temperature", temperature, least=0)
     if top_k is not None:
         check_length(top_k, name="top_k")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}, expected 0 < top_p ≤ 1")
+    if top_p is not None:
+        check_number("top_p", top_p, above=0, most=1)
+    if not isinstance(generator, torch.Generator | None):
+        given = type(generator).__name__
+        raise TypeError(f"generator is a {given}, expected a torch.Generator or None")
 
 
-def _check_ids(ids: Tensor, vocab_size: int) -> None:
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex():
-        given = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"ids is a {given}, expected a tensor of whole numbers")
-    if ids.ndim not in (1, 2) or ids.numel() == 0:
-        needed = "expected (batch, length) with at least one token"
+def _check_ids_axes(ids: Tensor, axes: tuple[int, ...]) -> None:
+    check_is_tensor("ids", ids)
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise TypeError(f"ids has dtype {ids.dtype}, expected whole numbers")
+    if ids.ndim not in axes or (ids.ndim == 2 and ids.shape[1] == 0):
+        shapes = {1: "(batch,)", 2: "(batch, length) with at least one token"}
+        needed = f"expected {' or '.join(shapes[count] for count in axes)}"
         raise ValueError(f"ids has shape {tuple(ids.shape)}, {needed}")
-    least, most = ids.min().item(), ids.max().item()
-    if least < 0 or most >= vocab_size:
-        wrong = least if least < 0 else most
-        raise ValueError(f"ids holds {wrong}, expected token ids from 0 to {vocab_size - 1}")
 
 
-def _check_state(state: State, batch: int, config: MambaConfig) -> None:
-    conv, h = (batch, config.d_conv - 1, config.d_inner), (batch, config.d_inner, config.d_state)
-    given = {(tuple(block.conv.shape), tuple(block.h.shape)) for block in state}
-    if len(state) != config.n_layer or given != {(conv, h)}:
-        raise ValueError(
-            f"state has {len(state)} blocks of shapes {', '.join(map(str, given))}, expected "
-            f"{config.n_layer} blocks of shapes {(conv, h)}, for a batch of {batch}"
-        )
+def _check_ids(ids: Tensor, vocab_size: int, axes: tuple[int, ...]) -> Tensor:
+    """Check ids, and return them as the embedding takes them."""
+    _check_ids_axes(ids, axes)
+    ids = ids.long()
+    if can_look_at(ids) and ids.numel():
+        right = (ids >= 0) & (ids < vocab_size)
+        if ids.is_cuda:  # without waiting
+            torch._assert_async(right.all())
+        elif not right.all():
+            wrong = ids[~right][0].item()
+            raise ValueError(f"ids holds {wrong}, expected token ids from 0 to {vocab_size - 1}")
+    return ids
 
 
-def _checked(tensors: dict[str, Tensor], model: MambaLM) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint if they are those of the model, each of its shape."""
-    hf_name = checkpoints.hf_name
-    if model.config.tie_embeddings and "lm_head.weight" in tensors:
-        tensors = dict(tensors)
-        head = tensors.pop("lm_head.weight")
-        if "embedding.weight" in tensors and not torch.equal(head, tensors["embedding.weight"]):
-            embedding = hf_name("embedding.weight")
-            raise ValueError(
-                f"lm_head.weight differs from {embedding}, though the config ties them"
-            )
-    expected = model.state_dict()
-    for problem, names in (
-        ("misses", expected.keys() - tensors.keys()),
-        ("has unknown", tensors.keys() - expected.keys()),
-    ):
-        if names:
-            listed = ", ".join(sorted(map(hf_name, names)))
-            raise ValueError(f"the checkpoint {problem} tensors: {listed}")
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            needed = f"expected {tuple(expected[name].shape)} by its config"
-            given = f"{hf_name(name)} has shape {tuple(tensor.shape)} in the checkpoint"
-            raise ValueError(f"{given}, {needed}")
-    return tensors
+def _check_state(state: State, blocks: int) -> None:
+    if not isinstance(state, tuple | list):
+        raise TypeError(f"state is a {type(state).__name__}, expected a tuple of BlockStates")
+    if len(state) != blocks:
+        raise ValueError(f"state has {len(state)} blocks, expected {blocks}")

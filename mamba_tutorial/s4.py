@@ -13,17 +13,31 @@ result.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from mamba_tutorial._check import check_choice, check_length, check_shape, check_tensors
-from mamba_tutorial.discretize import bilinear, zoh
+from mamba_tutorial._check import (
+    can_look_at,
+    check_choice,
+    check_is_tensor,
+    check_length,
+    check_memory,
+    check_range,
+    check_shape,
+    check_step,
+    check_tensors,
+    wide,
+)
+from mamba_tutorial.discretize import diagonal_zoh
 from mamba_tutorial.hippo import dplr
-from mamba_tutorial.ssm import causal_convolution
+from mamba_tutorial.ops import register, vjp
+from mamba_tutorial.ssm import fft_convolution
 
 DiagonalInit = Literal["legs", "lin", "inv", "real"]
 
@@ -45,7 +59,7 @@ def diagonal_init(n: int, kind: DiagonalInit = "legs") -> Complex[Tensor, " half
     Raises:
         TypeError, ValueError: n is not an even positive number, or there is no such kind.
     """
-    check_length(n, name="n")
+    n = check_length(n, name="n")
     check_choice("kind", kind, ["legs", "lin", "inv", "real"])
     if n % 2:
         raise ValueError(f"n is {n}, expected an even number, for pairs of eigenvalues")
@@ -70,14 +84,65 @@ def diagonal_kernel(
         TypeError: the dtypes are not complex, or differ.
         ValueError: the shapes do not fit, or length is not positive.
     """
-    check_tensors(A_bar=A_bar, CB_bar=CB_bar)
-    check_length(length)
-    check_shape("CB_bar", CB_bar, "half", half=A_bar.shape[-1])
-    terms, power = CB_bar.unsqueeze(-2), A_bar.unsqueeze(-2)
-    while terms.shape[-2] < length:
-        terms = torch.cat([terms, terms * power], dim=-2)
-        power = power * power
-    return 2 * terms[..., :length, :].sum(-1).real
+    _check_complex(A_bar=A_bar, CB_bar=CB_bar)
+    check_shape("A_bar", A_bar, "... half")
+    check_shape("CB_bar", CB_bar, "... half", half=A_bar.shape[-1])
+    _check_batches(A_bar=A_bar.shape[:-1], CB_bar=CB_bar.shape[:-1])
+    return _diagonal_kernel(A_bar, CB_bar, _kernel_length(length, CB_bar.numel()))
+
+
+def _diagonal_kernel(A_bar: Tensor, CB_bar: Tensor, length: int) -> Tensor:
+    A_bar, CB_bar = torch.broadcast_tensors(A_bar, CB_bar)
+    return _DIAGONAL(A_bar.contiguous(), CB_bar.contiguous(), length)
+
+
+# The kernel as an operator: (Ā, C B̄, length), with Ā and C B̄ (…, half) of the same shape. Its
+# backward pass makes the powers again instead of going back through all doublings.
+
+
+def _powers(A_bar: Tensor, length: int) -> Tensor:
+    """Return Ā^l for l = 0, …, length − 1, (…, length, half)."""
+    powers, next_ = torch.ones_like(A_bar)[..., None, :], A_bar[..., None, :]
+    while powers.shape[-2] < length:
+        powers = torch.cat([powers, powers * next_], dim=-2)
+        next_ = next_ * next_
+    return powers[..., :length, :]
+
+
+def _sum_of_powers(A_bar: Tensor, CB_bar: Tensor, length: int) -> Tensor:
+    return 2 * (_powers(A_bar, length) @ CB_bar[..., None]).squeeze(-1).real
+
+
+def _sum_of_powers_gradient(wanted, upstream, inputs, kept) -> tuple[Tensor | None, ...]:
+    return *_DIAGONAL_GRADIENTS(*upstream, *inputs[:2]), None
+
+
+def _run_sum_of_powers_gradients(d: Tensor, A_bar: Tensor, CB_bar: Tensor) -> tuple[Tensor, Tensor]:
+    """2 Σ_l d_l conj(l C B̄ Ā^(l−1)) and 2 Σ_l d_l conj(Ā^l)."""
+    turned = _powers(A_bar, d.shape[-1]).conj_physical().mT  # [..., half, length]
+    d = 2 * d.to(turned)[..., None]
+    counts = torch.arange(d.shape[-2], device=d.device)[:, None]
+    dA_bar = CB_bar.conj_physical() * (turned[..., :-1] @ (counts * d)[..., 1:, :]).squeeze(-1)
+    return dA_bar, (turned @ d).squeeze(-1)
+
+
+_DIAGONAL = register(
+    "diagonal_kernel",
+    "(Tensor A_bar, Tensor CB_bar, SymInt length) -> Tensor",
+    run=lambda *given: _sum_of_powers(*given).contiguous(),
+    like=lambda A_bar, CB_bar, length: A_bar.real.new_empty(*A_bar.shape[:-1], length),
+    definition=_sum_of_powers,
+    gradient=_sum_of_powers_gradient,
+)
+_DIAGONAL_GRADIENTS = register(
+    "diagonal_kernel_backward",
+    "(Tensor d, Tensor A_bar, Tensor CB_bar) -> (Tensor, Tensor)",
+    run=_run_sum_of_powers_gradients,
+    like=lambda d, A_bar, CB_bar: (A_bar.new_empty(A_bar.shape), CB_bar.new_empty(CB_bar.shape)),
+    definition=lambda d, A_bar, CB_bar: tuple(
+        vjp(_sum_of_powers, (True, True, False), (d,), (A_bar, CB_bar, d.shape[-1]))[:2]
+    ),
+)
 
 
 def dplr_kernel(
@@ -109,19 +174,52 @@ def dplr_kernel(
         TypeError: the dtypes are not complex, or differ.
         ValueError: the shapes do not fit, or length is not positive.
     """
-    check_tensors(Lambda=Lambda, P=P, B=B, C_truncated=C_truncated)
-    check_length(length)
-    for name, tensor in (("P", P), ("B", B), ("C_truncated", C_truncated)):
-        check_shape(name, tensor, "n", n=Lambda.shape[-1])
+    _check_complex(Lambda=Lambda, P=P, B=B, C_truncated=C_truncated)
+    given = {"Lambda": Lambda, "P": P, "B": B, "C_truncated": C_truncated}
+    check_shape("Lambda", Lambda, "... n")
+    for name, tensor in given.items():
+        check_shape(name, tensor, "... n", n=Lambda.shape[-1])
+    dt = check_step(dt, like=Lambda)
+    batches = {name: tensor.shape[:-1] for name, tensor in given.items()}
+    channels = _check_batches(dt=dt.shape, **batches)
+    length = _kernel_length(length, math.prod(channels))
+    return _dplr_kernel(Lambda, P, B, C_truncated, dt, length)
+
+
+def _dplr_kernel(
+    Lambda: Tensor, P: Tensor, B: Tensor, C_truncated: Tensor, dt: Tensor, length: int
+) -> Tensor:
     angle = 2 * math.pi * torch.arange(length // 2 + 1, device=P.device).double() / length
     # 1 − z and 1 + z from half angles, or small angles would cancel
     minus = torch.complex(2 * torch.sin(angle / 2) ** 2, torch.sin(angle)).to(P)
     plus = torch.complex(torch.cos(angle / 2) ** 2, -torch.sin(angle) / 2).to(P)  # (1 + z) / 2
-    weights = torch.stack(
-        torch.broadcast_tensors(C_truncated * B, C_truncated * P, P.conj() * B, P.conj() * P),
-        dim=-2,
-    )
-    return torch.fft.irfft(_Spectrum.apply(Lambda, weights, dt, minus, plus), n=length)
+    products = C_truncated * B, C_truncated * P, P.conj() * B, P.conj() * P
+    *products, Lambda, dt = torch.broadcast_tensors(*products, Lambda, dt[..., None])
+    weights = torch.stack(products, dim=-2)
+    spectrum = _SPECTRUM(Lambda.contiguous(), weights, dt[..., 0].contiguous(), minus, plus)
+    return torch.fft.irfft(spectrum, n=length)
+
+
+def _kernel_length(length: int, channels: int) -> int:
+    length = check_length(length)
+    check_memory("length", length, length * channels)
+    return length
+
+
+def _check_complex(**tensors: Tensor) -> None:
+    check_tensors(**tensors)
+    for name, tensor in tensors.items():
+        if not tensor.is_complex():
+            raise TypeError(f"{name} has dtype {tensor.dtype}, expected a complex one")
+
+
+def _check_batches(**batches: torch.Size) -> torch.Size:
+    """Return the channels that the arguments have together."""
+    try:
+        return torch.broadcast_shapes(*batches.values())
+    except RuntimeError:
+        given = ", ".join(f"{name} {tuple(batch)}" for name, batch in batches.items())
+        raise ValueError(f"channels do not broadcast together: {given}") from None
 
 
 def truncate(
@@ -131,46 +229,26 @@ def truncate(
 
     Ā^length takes 2 log₂ length products by repeated squaring. (The released S4 learns C̃ itself
     and ties the layer to one length; here C is learned, so any length and `step` agree.)
+
+    Raises:
+        TypeError: the dtypes are not complex, or differ.
+        ValueError: the shapes do not fit, or length is not positive.
     """
+    _check_complex(C=C, A_bar=A_bar)
+    check_shape("C", C, "... n")
+    check_shape("A_bar", A_bar, "... n n", n=C.shape[-1])
+    _check_batches(C=C.shape[:-1], A_bar=A_bar.shape[:-2])
+    return _truncate(C, A_bar, check_length(length))
+
+
+def _truncate(C: Tensor, A_bar: Tensor, length: int) -> Tensor:
     return C - (C.unsqueeze(-2) @ torch.linalg.matrix_power(A_bar, length)).squeeze(-2)
 
 
-class _Spectrum(torch.autograd.Function):
-    """K̂ at the roots of unity, block by block, forward and backward.
-
-    A block of roots times all modes is small, lives for a moment, and is computed again in the
-    backward pass. The result is written in place: appended pieces would be scattered between the
-    freed blocks and keep the allocator from using their memory again.
-    """
-
-    @staticmethod
-    def forward(ctx, Lambda, weights, dt, minus, plus):
-        ctx.save_for_backward(Lambda, weights, dt, minus, plus)
-        channels = torch.broadcast_shapes(weights.shape[:-2], dt.shape, Lambda.shape[:-1])
-        spectrum = weights.new_empty(*channels, len(minus))
-        for roots in _blocks(len(minus), weights):
-            spectrum[..., roots] = _spectrum(Lambda, weights, dt, minus[roots], plus[roots])
-        return spectrum
-
-    @staticmethod
-    def backward(ctx, gradient):
-        *inputs, minus, plus = ctx.saved_tensors
-        total = [torch.zeros_like(tensor) for tensor in inputs]
-        for roots in _blocks(len(minus), inputs[1]):
-            leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-            with torch.enable_grad():
-                spectrum = _spectrum(*leaves, minus[roots], plus[roots])
-            for sum_, part in zip(
-                total, torch.autograd.grad(spectrum, leaves, gradient[..., roots]), strict=True
-            ):
-                sum_ += part
-        return *total, None, None
-
-
-def _blocks(roots: int, weights: Tensor) -> list[slice]:
-    """Cut the roots of unity into blocks of at most CAUCHY_BLOCK pairs of a root and a mode."""
-    size = max(1, CAUCHY_BLOCK // (weights.numel() // 4))
-    return [slice(start, start + size) for start in range(0, roots, size)]
+# K̂ at the roots of unity as an operator: (Λ, weights, Δ, 1 − z, (1 + z)/2), with Λ (…, n), weights
+# (…, 4, n) and Δ (…) of the same channels. A block of roots times all modes is small, lives for a
+# moment, and is computed again in the backward pass. The result is written in place: appended
+# pieces would be scattered between the freed blocks and keep the allocator from using their memory.
 
 
 def _spectrum(Lambda: Tensor, weights: Tensor, dt: Tensor, minus: Tensor, plus: Tensor) -> Tensor:
@@ -180,15 +258,96 @@ def _spectrum(Lambda: Tensor, weights: Tensor, dt: Tensor, minus: Tensor, plus: 
     return CB - plus * CP * PB / (1 + plus * PP)
 
 
+def _run_spectrum(
+    Lambda: Tensor, weights: Tensor, dt: Tensor, minus: Tensor, plus: Tensor
+) -> Tensor:
+    spectrum = weights.new_empty(*dt.shape, len(minus))
+    for roots in _blocks(len(minus), weights):
+        spectrum[..., roots] = _spectrum(Lambda, weights, dt, minus[roots], plus[roots])
+    return spectrum
+
+
+def _spectrum_gradient(wanted, upstream, inputs, kept) -> tuple[Tensor | None, ...]:
+    return *_SPECTRUM_GRADIENTS(*upstream, *inputs), None, None
+
+
+def _run_spectrum_gradients(
+    d: Tensor, Lambda: Tensor, weights: Tensor, dt: Tensor, minus: Tensor, plus: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By the chain rule, from K̂ to the four sums, to q and the weights, to Λ and Δ.
+
+    Of a holomorphic function the gradient is multiplied by the conjugate of the derivative.
+    """
+    dLambda, dweights = torch.zeros_like(Lambda), torch.zeros_like(weights)
+    ddt = torch.zeros_like(dt)
+    for roots in _blocks(len(minus), weights):
+        m, p = minus[roots] / dt[..., None, None], plus[roots]
+        q = 1 / (m - p * Lambda[..., None])
+        _, CP, PB, PP = (weights @ q).unbind(-2)
+        r = p / (1 + p * PP)
+        slopes = torch.stack([torch.ones_like(r), -r * PB, -r * CP, r * r * CP * PB], -2)
+        dsums = d[..., None, roots] * slopes.conj_physical()
+        dweights += dsums @ q.conj_physical().mT
+        dq = weights.conj_physical().mT @ dsums
+        # 1/q = m − p Λ, and m is inverse to Δ
+        dinverse = -dq * (q * q).conj_physical()
+        dLambda -= (dinverse * p.conj_physical()).sum(-1)
+        ddt -= (dinverse * m.conj_physical()).real.sum((-1, -2)) / dt
+    return dLambda, dweights, ddt
+
+
+def _spectrum_gradients(d, Lambda, weights, dt, minus, plus) -> tuple[Tensor, ...]:
+    wanted = True, True, True, False, False
+    return tuple(vjp(_spectrum, wanted, (d,), (Lambda, weights, dt, minus, plus))[:3])
+
+
+_SPECTRUM = register(
+    "dplr_spectrum",
+    "(Tensor Lambda, Tensor weights, Tensor dt, Tensor minus, Tensor plus) -> Tensor",
+    run=_run_spectrum,
+    like=lambda Lambda, weights, dt, minus, plus: weights.new_empty(*dt.shape, len(minus)),
+    definition=_spectrum,
+    gradient=_spectrum_gradient,
+)
+_SPECTRUM_GRADIENTS = register(
+    "dplr_spectrum_backward",
+    "(Tensor d, Tensor Lambda, Tensor weights, Tensor dt, Tensor minus, Tensor plus)"
+    " -> (Tensor, Tensor, Tensor)",
+    run=_run_spectrum_gradients,
+    like=lambda d, *inputs: tuple(tensor.new_empty(tensor.shape) for tensor in inputs[:3]),
+    definition=_spectrum_gradients,
+)
+
+
+def _blocks(roots: int, weights: Tensor) -> Iterator[slice]:
+    """Cut the roots of unity into blocks of at most CAUCHY_BLOCK pairs of a root and a mode."""
+    size = max(1, CAUCHY_BLOCK // (weights.numel() // 4))
+    return (slice(start, start + size) for start in range(0, roots, size))
+
+
+# The matrices of a recurrence, by the state that it has reached; see `_Layer.step`.
+_RECURRENCES = WeakTensorKeyDictionary()
+
+
 class _Layer(nn.Module):
     """Norm, `d_model` state space models, GELU, a gated mixing of the channels, and a residual.
 
-    y = x + GLU(W · GELU(SSM(norm(x)))). A subclass gives the convolution kernels and the matrices
-    of the recurrence.
+    y = x + GLU(W · GELU(SSM(norm(x)))). A subclass gives the convolution kernels, the matrices of
+    the recurrence, and a step with them. Kernels and states are float32, or float64 if the
+    parameters are. The parameters of the state space model are to be trained without weight decay:
+    it would pull at time scales and frequencies.
+
+    Raises:
+        TypeError, ValueError: a size is not positive, or not 0 < dt_min ≤ dt_max.
     """
 
-    def __init__(self, d_model: int, dt_min: float, dt_max: float):
+    no_weight_decay = frozenset({"log_dt", "log_A_real", "A_imag", "P", "B"})
+
+    def __init__(self, d_model: int, modes: int, dt_min: float, dt_max: float):
+        d_model = check_length(d_model, name="d_model")
+        check_range(dt_min, dt_max)
         super().__init__()
+        self.modes_kept = modes
         self.norm = nn.LayerNorm(d_model)
         self.mix = nn.Linear(d_model, 2 * d_model)
         self.D = nn.Parameter(torch.randn(d_model))
@@ -198,29 +357,81 @@ class _Layer(nn.Module):
     @property
     def dt(self) -> Float[Tensor, " d_model"]:
         """The step of each channel, exp(log_dt); positive whatever is learned."""
-        return self.log_dt.exp()
+        return _wide(self.log_dt).exp()
 
     def forward(
         self, x: Float[Tensor, "batch length d_model"]
     ) -> Float[Tensor, "batch length d_model"]:
-        """Run over a whole sequence by convolution."""
-        check_shape("x", x, "batch length d_model", d_model=len(self.D))
+        """Run over a whole sequence by convolution.
+
+        Raises:
+            TypeError: x is no floating tensor.
+            ValueError: x is not (batch, length, d_model), or empty.
+        """
+        self._check_input(x, "batch length d_model")
+        if x.shape[1] == 0:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected a length of at least 1")
         z = self.norm(x)
-        y = causal_convolution(z, self.kernel(x.shape[1]).mT) + self.D * z
+        y = fft_convolution(z, self.kernel(x.shape[1]).mT) + self.D * z
         return self._mixed(x, y)
+
+    def initial_state(self, batch: int) -> Complex[Tensor, "batch d_model n"]:
+        """Return the state before the first token."""
+        shape = check_length(batch, name="batch", least=0), len(self.D), self.modes_kept
+        dtype = wide(self.log_dt.dtype).to_complex()
+        return torch.zeros(shape, dtype=dtype, device=self.log_dt.device)
 
     def step(
         self, x: Float[Tensor, "batch d_model"], state: Complex[Tensor, "batch d_model n"]
     ) -> tuple[Float[Tensor, "batch d_model"], Complex[Tensor, "batch d_model n"]]:
-        """Read one token by recurrence; return its output and the new state."""
-        check_shape("x", x, "batch d_model", d_model=len(self.D))
-        check_shape("state", state, "batch d_model n", batch=len(x), d_model=len(self.D))
+        """Read one token by recurrence; return its output and the new state.
+
+        The matrices of the recurrence are made at the first step from a state and kept for the
+        states that follow from it, while the parameters are what they were.
+
+        Raises:
+            TypeError: x is no floating tensor, or the state no complex one.
+            ValueError: a shape does not fit, or the state lies on another device.
+        """
+        self._check_input(x, "batch d_model")
+        check_is_tensor("state", state)
+        if not state.is_complex():
+            raise TypeError(f"state has dtype {state.dtype}, expected a complex one")
+        sizes = {"batch": len(x), "d_model": len(self.D), "n": self.modes_kept}
+        check_shape("state", state, "batch d_model n", **sizes)
+        if state.device != x.device:
+            raise ValueError(f"state is on device {state.device}, expected {x.device}, that of x")
         z = self.norm(x)
-        state, y = self._advance(z, state)
-        return self._mixed(x, y + self.D * z), state
+        versions = [0 if p.is_inference() else p._version for p in self.parameters()]
+        origin = self, torch.is_grad_enabled(), versions
+        known, recurrence = _RECURRENCES.get(state, (None, None))
+        if known != origin:
+            recurrence = self.recurrence()
+        state, y = self._advance(_wide(z), state, *recurrence)
+        _RECURRENCES[state] = origin, recurrence
+        return self._mixed(x, y.to(z.dtype) + self.D * z), state
+
+    def _check_input(self, x: Tensor, axes: str) -> None:
+        check_is_tensor("x", x)
+        if not x.is_floating_point():
+            raise TypeError(f"x has dtype {x.dtype}, expected a floating one")
+        check_shape("x", x, axes, d_model=len(self.D))
 
     def _mixed(self, x: Tensor, y: Tensor) -> Tensor:
         return x + F.glu(self.mix(F.gelu(y)))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(wide(tensor.dtype))
+
+
+def _complex(pairs: Tensor) -> Tensor:
+    """Make complex numbers of pairs (…, 2), of float32 at least."""
+    return torch.view_as_complex(_wide(pairs))
+
+
+def _eigenvalues(log_A_real: Tensor, A_imag: Tensor) -> Tensor:
+    return torch.complex(-_wide(log_A_real).exp(), _wide(A_imag))
 
 
 class S4D(_Layer):
@@ -251,38 +462,41 @@ class S4D(_Layer):
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
     ):
-        check_length(d_model, name="d_model")
-        super().__init__(d_model, dt_min, dt_max)
+        d_state = check_length(d_state, name="d_state")
+        super().__init__(d_model, d_state // 2, dt_min, dt_max)
+        d_model = len(self.D)
         A = init if isinstance(init, Tensor) else diagonal_init(d_state, init)
-        check_tensors(init=A)
+        _check_complex(init=A)
+        if d_state % 2:
+            raise ValueError(f"d_state is {d_state}, expected an even number, for pairs")
         check_shape("init", A, "half", half=d_state // 2)
-        if (A.real >= 0).any():
+        if can_look_at(A) and (A.real >= 0).any():
             raise ValueError(f"init has a real part of {A.real.max():g}, expected all negative")
-        A = A.to(torch.complex64).expand(d_model, -1)
-        self.log_A_real = nn.Parameter(torch.log(-A.real).contiguous())
-        self.A_imag = nn.Parameter(A.imag.contiguous())
+        A = A.expand(d_model, -1)
+        self.log_A_real = nn.Parameter(torch.log(-A.real).contiguous().to(self.D))
+        self.A_imag = nn.Parameter(A.imag.contiguous().to(self.D))
         self.C = nn.Parameter(torch.randn(d_model, d_state // 2, 2) * 0.5**0.5)
 
     def discrete(self) -> tuple[Complex[Tensor, "d_model half"], Complex[Tensor, "d_model half"]]:
         """Return Ā and B̄ of all channels."""
-        A = torch.complex(-self.log_A_real.exp(), self.A_imag)
-        return zoh(A, torch.ones_like(A), self.dt, diagonal=True)
+        A = _eigenvalues(self.log_A_real, self.A_imag)
+        return diagonal_zoh(A, torch.ones_like(A), self.dt)
 
     def kernel(self, length: int) -> Float[Tensor, "d_model length"]:
         """Return the convolution kernel of each channel."""
+        length = _kernel_length(length, self.A_imag.numel())
         A_bar, B_bar = self.discrete()
-        return diagonal_kernel(A_bar, torch.view_as_complex(self.C) * B_bar, length)
+        return _diagonal_kernel(A_bar, _complex(self.C) * B_bar, length)
 
-    def initial_state(self, batch: int) -> Complex[Tensor, "batch d_model half"]:
-        """Return the state before the first token."""
-        check_length(batch, name="batch")
-        C = torch.view_as_complex(self.C)
-        return C.new_zeros(batch, *C.shape)
+    def recurrence(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return Ā, B̄ and C of all channels, (d_model, half) each."""
+        return *self.discrete(), _complex(self.C)
 
-    def _advance(self, z: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        A_bar, B_bar = self.discrete()
+    def _advance(
+        self, z: Tensor, state: Tensor, A_bar: Tensor, B_bar: Tensor, C: Tensor
+    ) -> tuple[Tensor, Tensor]:
         state = A_bar * state + B_bar * z[..., None]
-        return state, 2 * (torch.view_as_complex(self.C) * state).sum(-1).real
+        return state, 2 * (C * state).sum(-1).real
 
 
 class S4(_Layer):
@@ -304,49 +518,87 @@ class S4(_Layer):
     """
 
     def __init__(self, d_model: int, d_state: int, dt_min: float = 1e-3, dt_max: float = 1e-1):
-        check_length(d_model, name="d_model")
-        super().__init__(d_model, dt_min, dt_max)
-        start = dplr(d_state)
-        half = d_state // 2
+        super().__init__(d_model, check_length(d_state, name="d_state"), dt_min, dt_max)
+        d_model, start, half = len(self.D), dplr(d_state), d_state // 2
 
         def learned(values: Tensor) -> nn.Parameter:
-            one_of_each_pair = values[:half].to(torch.complex64).expand(d_model, -1)
-            return nn.Parameter(torch.view_as_real(one_of_each_pair.clone()))
+            one_of_each_pair = torch.view_as_real(values[:half].expand(d_model, -1).clone())
+            return nn.Parameter(one_of_each_pair.to(self.D))
 
         self.log_A_real = nn.Parameter(torch.full((d_model, half), math.log(0.5)))
-        self.A_imag = nn.Parameter(start.Lambda.imag[:half].float().expand(d_model, -1).clone())
+        imaginary = start.Lambda.imag[:half].expand(d_model, -1).clone()
+        self.A_imag = nn.Parameter(imaginary.to(self.D))
         self.P, self.B = learned(start.P), learned(start.B)
         self.C = nn.Parameter(torch.randn(d_model, half, 2) * 0.5**0.5)
 
     def modes(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return Λ, P, B and C of all channels, (d_model, d_state) each, both of every pair."""
-        Lambda = torch.complex(-self.log_A_real.exp(), self.A_imag)
-        halves = [Lambda, *(torch.view_as_complex(t) for t in (self.P, self.B, self.C))]
+        Lambda = _eigenvalues(self.log_A_real, self.A_imag)
+        halves = [Lambda, *map(_complex, (self.P, self.B, self.C))]
         return tuple(torch.cat([half, half.conj()], dim=-1) for half in halves)
 
     def discrete(self) -> tuple[Complex[Tensor, "d_model n n"], Complex[Tensor, "d_model n 1"]]:
-        """Return the dense Ā and B̄ of all channels, in double precision."""
+        """Return the dense Ā and B̄ of all channels, in double precision.
+
+        A step of the recurrence without input, written as a matrix.
+        """
         Lambda, P, B, _ = (mode.to(torch.complex128) for mode in self.modes())
-        A = torch.diag_embed(Lambda) - P[..., :, None] * P.conj()[..., None, :]
-        return bilinear(A, B[..., None], self.dt.double())
+        keep, low, take, correct = _bilinear_dplr(Lambda, P, B, self.dt.double())
+        row = P.conj()
+        through = row * keep - (row * low).sum(-1, keepdim=True) * row  # P* times what v is of h
+        outer = low[..., None] * row[..., None, :] + correct[..., None] * through[..., None, :]
+        into = take - correct * (row * take).sum(-1, keepdim=True)
+        return torch.diag_embed(keep) - outer, into[..., None]
 
     def kernel(self, length: int) -> Float[Tensor, "d_model length"]:
         """Return the convolution kernel of each channel."""
+        length = _kernel_length(length, len(self.D))
         Lambda, P, B, C = self.modes()
         A_bar, _ = self.discrete()
-        C_truncated = truncate(C.to(A_bar), A_bar, length).to(C)
-        return dplr_kernel(Lambda, P, B, C_truncated, self.dt, length)
+        C_truncated = _truncate(C.to(A_bar), A_bar, length).to(C)
+        return _dplr_kernel(Lambda, P, B, C_truncated, self.dt, length)
 
-    def initial_state(self, batch: int) -> Complex[Tensor, "batch d_model n"]:
-        """Return the state before the first token."""
-        check_length(batch, name="batch")
-        C = self.modes()[-1]
-        return C.new_zeros(batch, *C.shape)
+    def recurrence(self) -> tuple[Tensor, ...]:
+        """Return what a step needs, (d_model, n) each; see `_bilinear_dplr`."""
+        Lambda, P, B, C = self.modes()
+        return *_bilinear_dplr(Lambda, P, B, self.dt), P.conj(), C
 
-    def _advance(self, z: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        A_bar, B_bar = (matrix.to(state) for matrix in self.discrete())
-        state = (A_bar @ state[..., None] + B_bar * z[..., None, None]).squeeze(-1)
-        return state, (self.modes()[-1] * state).sum(-1).real
+    def _advance(
+        self,
+        z: Tensor,
+        state: Tensor,
+        keep: Tensor,
+        low: Tensor,
+        take: Tensor,
+        correct: Tensor,
+        P_conj: Tensor,
+        C: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        v = keep * state - low * (P_conj * state).sum(-1, keepdim=True) + take * z[..., None]
+        state = v - correct * (P_conj * v).sum(-1, keepdim=True)
+        return state, (C * state).sum(-1).real
+
+
+def _bilinear_dplr(
+    Lambda: Tensor, P: Tensor, B: Tensor, dt: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""Return a step of the bilinear recurrence of A = diag(Λ) − P P*: n numbers, no matrix.
+
+    With δ = Δ/2 and the diagonal d = (1 − δ Λ)⁻¹, the Woodbury identity inverts I − δ A:
+
+        h ← (I − δ A)⁻¹ ((I + δ A) h + Δ B x) = v − u (P* v) δ / (1 + δ P* u),    u = d P,
+            v = d (1 + δ Λ) h − δ u (P* h) + Δ d B x
+
+    From Gu et al. (2022a), Appendix C.2.
+
+    Returns:
+        d (1 + δ Λ), δ u, Δ d B, and u δ / (1 + δ P* u).
+    """
+    half = dt[..., None] / 2
+    d = 1 / (1 - half * Lambda)
+    u = d * P
+    share = half / (1 + half * (P.conj() * u).sum(-1, keepdim=True))
+    return d * (1 + half * Lambda), half * u, 2 * half * d * B, share * u
 
 
 class SequenceModel(nn.Module):

@@ -26,7 +26,15 @@ import torch
 from jaxtyping import Inexact
 from torch import Tensor
 
-from mamba_tutorial._check import check_choice, check_dtypes, check_length, check_triton, installed
+from mamba_tutorial._check import (
+    HAS_TRITON,
+    check_choice,
+    check_dtypes,
+    check_flag,
+    check_length,
+    check_triton,
+)
+from mamba_tutorial.ops import register
 
 Elements = tuple[Tensor, ...]
 Method = Literal["auto", "sequential", "hillis_steele", "blelloch", "chunked", "triton"]
@@ -197,8 +205,9 @@ def linear_scan(
         ValueError: a shape does not fit, the length is zero, devices differ, or there is no such
             method, or the kernel does not fit.
     """
-    check_dtypes(a=a, b=b, h0=h0)
+    check_dtypes(a=a, b=b, h0=h0, optional=("h0",))
     check_choice("method", method, ["auto", *ALGORITHMS, "triton"])
+    check_flag("reverse", reverse)
     if a.ndim < 2 or a.shape[1] == 0:
         raise ValueError(f"a has shape {tuple(a.shape)}, expected (batch, length, ...), length ≥ 1")
     if b.shape != a.shape:
@@ -209,53 +218,106 @@ def linear_scan(
         needed = f"expected (batch, ...) = {tuple(a[:, 0].shape)}"
         raise ValueError(f"h0 has shape {tuple(h0.shape)}, {needed}")
     small = a.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    if method == "triton" or (method == "auto" and a.is_cuda and small and installed("triton")):
-        return _triton(a, b, h0, reverse)
-    if a.dtype in (torch.float16, torch.bfloat16):
+    if method == "triton":
+        check_triton(a, "method")
+    elif method == "auto" and a.is_cuda and small and HAS_TRITON:
+        method = "triton"
+    if a.dtype in (torch.float16, torch.bfloat16) and method != "triton":
         h = linear_scan(a.float(), b.float(), h0.float(), reverse=reverse, method=method)
         return h.to(a.dtype)
+    return _STATES(a, b, h0, reverse, method)
+
+
+# The operators' arguments are all positional: (a, b, h0, reverse, method), and for the gradient
+# (∂, a, h, h0, reverse, method) with the states h of the scan.
+
+
+def _run_states(a: Tensor, b: Tensor, h0: Tensor, reverse: bool, method: Method) -> Tensor:
+    if method == "triton":
+        from mamba_tutorial.kernels.scan import states
+
+        flat = (t.reshape(*t.shape[:2], -1).contiguous() for t in (a, b))
+        return states(*flat, h0.reshape(len(h0), -1).contiguous(), reverse).view(b.shape)
     if reverse:
-        return linear_scan(a.flip(1), b.flip(1), h0, method=method).flip(1)
-    return _LinearScan.apply(a, b, h0, method)
-
-
-def _triton(a: Tensor, b: Tensor, h0: Tensor, reverse: bool) -> Tensor:
-    check_triton(a, "method")
-    from mamba_tutorial.kernels.scan import LinearScan
-
-    a, flat = (tensor.reshape(*tensor.shape[:2], -1).contiguous() for tensor in (a, b))
-    return LinearScan.apply(a, flat, h0.reshape(len(h0), -1).contiguous(), reverse).view_as(b)
-
-
-class _LinearScan(torch.autograd.Function):
-    """The recurrence and its gradient, the recurrence in reverse; differentiable again."""
-
-    @staticmethod
-    def forward(ctx, a, b, h0, method):
-        h = _states(a, b, h0, method)
-        ctx.save_for_backward(a, h, h0)
-        ctx.method = method
-        return h
-
-    @staticmethod
-    def backward(ctx, gradient):
-        a, h, h0 = ctx.saved_tensors
-        a_next = torch.cat([a[:, 1:], torch.zeros_like(a[:, :1])], 1).conj()
-        g = linear_scan(a_next, gradient, reverse=True, method=ctx.method)
-        h_before = torch.cat([h0[:, None], h[:, :-1]], 1)
-        return g * h_before.conj(), g, a[:, 0].conj() * g[:, 0], None
+        return _run_states(a.flip(1), b.flip(1), h0, False, method).flip(1)
+    h = _states(a, b, h0, _choose(a) if method == "auto" else method)
+    if method != "sequential" and not h.isfinite().all():
+        # A product of decays may overflow where no state does, and ∞ · 0 is not a number. The loop
+        # makes no such products.
+        return _states(a, b, h0, "sequential")
+    return h
 
 
 def _states(a: Tensor, b: Tensor, h0: Tensor, method: Method) -> Tensor:
-    h = b.clone()
+    h = b.clone(memory_format=torch.contiguous_format)
     h[:, 0] += a[:, 0] * h0
-    if method == "auto":
-        method = _choose(a)
     if method == "sequential":
         for t in range(1, a.shape[1]):
             h[:, t].addcmul_(a[:, t], h[:, t - 1])
         return h
     return scan(ALGORITHMS[method], STEPS, (a, h))[1]
+
+
+def _loop(a: Tensor, b: Tensor, h0: Tensor, reverse: bool, method: Method) -> Tensor:
+    """The definition."""
+    tokens = list(zip(a.unbind(1), b.unbind(1), strict=True))
+    states = []
+    for a_t, b_t in reversed(tokens) if reverse else tokens:
+        h0 = a_t * h0 + b_t
+        states.append(h0)
+    return torch.stack(states[::-1] if reverse else states, 1)
+
+
+def _states_gradient(wanted, upstream, inputs, kept) -> tuple:
+    a, _, h0, reverse, method = inputs
+    return *_GRADIENTS(*upstream, a, *kept, h0, reverse, method), None, None
+
+
+def _run_gradients(
+    d: Tensor, a: Tensor, h: Tensor, h0: Tensor, reverse: bool, method: Method
+) -> tuple[Tensor, Tensor, Tensor]:
+    if method != "triton":
+        return _gradients(d, a, h, h0, reverse, method)
+    from mamba_tutorial.kernels.scan import gradients
+
+    flat = (t.reshape(*t.shape[:2], -1).contiguous() for t in (d, a, h))
+    da, db, dh0 = gradients(*flat, h0.reshape(len(h0), -1).contiguous(), reverse)
+    return da.view(a.shape), db.view(a.shape), dh0.view(h0.shape)
+
+
+def _gradients(
+    d: Tensor, a: Tensor, h: Tensor, h0: Tensor, reverse: bool, method: Method
+) -> tuple[Tensor, Tensor, Tensor]:
+    """∂a, ∂b and ∂h0 from the gradients d of the states h, by the recurrence in reverse."""
+    first, none = (-1 if reverse else 0), torch.zeros_like(a[:, :1])
+    if reverse:
+        a_next, h_before = torch.cat([none, a[:, :-1]], 1), torch.cat([h[:, 1:], h0[:, None]], 1)
+    else:
+        a_next, h_before = torch.cat([a[:, 1:], none], 1), torch.cat([h0[:, None], h[:, :-1]], 1)
+    g = _STATES(a_next.conj_physical(), d, torch.zeros_like(h0), not reverse, method)
+    return g * h_before.conj_physical(), g, a[:, first].conj_physical() * g[:, first]
+
+
+_STATES = register(
+    "linear_scan",
+    "(Tensor a, Tensor b, Tensor h0, bool reverse, str method) -> Tensor",
+    run=_run_states,
+    like=lambda a, b, h0, reverse, method: b.new_empty(b.shape),
+    definition=_loop,
+    gradient=_states_gradient,
+    kept=(0,),
+)
+_GRADIENTS = register(
+    "linear_scan_backward",
+    "(Tensor d, Tensor a, Tensor h, Tensor h0, bool reverse, str method)"
+    " -> (Tensor, Tensor, Tensor)",
+    run=_run_gradients,
+    like=lambda d, a, h, h0, *_: (
+        *(a.new_empty(a.shape) for _ in range(2)),
+        h0.new_empty(h0.shape),
+    ),
+    definition=_gradients,
+)
 
 
 def _choose(a: Tensor) -> Method:

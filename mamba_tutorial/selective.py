@@ -15,24 +15,32 @@ computes (`selective_scan_ref` of mamba_ssm), and so what its checkpoints were t
 """
 
 import math
-from collections.abc import Callable, Collection
-from functools import partial
+import warnings
+from collections.abc import Collection, Iterable
+from functools import cache
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mamba_tutorial._check import (
+    HAS_TRITON,
     check_choice,
+    check_flag,
+    check_is_tensor,
+    check_least,
     check_length,
+    check_number,
+    check_range,
     check_shape,
     check_triton,
     installed,
+    wide,
 )
-from mamba_tutorial.discretize import exprel
+from mamba_tutorial.discretize import exprel, exprel_slope
+from mamba_tutorial.ops import register, vjp, without_autocast
 from mamba_tutorial.scan import linear_scan
 
 Discretization = Literal["mamba", "zoh"]
@@ -95,16 +103,21 @@ def selective_scan(
             or discretization, or the backend does not fit.
     """
     check_choice("discretization", discretization, ["mamba", "zoh"])
-    check_choice("backend", backend, ["auto", *BACKENDS, "triton"])
+    check_choice("backend", backend, ["auto", *BACKENDS])
+    check_flag("dt_softplus", dt_softplus)
+    check_flag("return_last_state", return_last_state)
     sizes = _check_tokens("batch length", x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     if sizes["length"] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected a length of at least 1")
     if h0 is not None:
         h0 = _check_state("h0", h0, x, (sizes["batch"], *A.shape))
-    name = _choose(x) if backend == "auto" else backend
-    run = _triton if name == "triton" else partial(_unfused_ends, BACKENDS[name])
-    exact = discretization == "zoh"
-    y, h_last = run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact)
+    backend = _choose(x) if backend == "auto" else backend
+    _check_backend(backend, x)
+    if not dt_softplus:
+        _check_step_size(dt, dt_bias)
+    given = x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, discretization == "zoh"
+    with without_autocast(x):
+        y, h_last = _fused(*given, backend) if backend == "triton" else _unfused(*given, backend)
     return (y, h_last) if return_last_state else y
 
 
@@ -124,8 +137,7 @@ def selective_step(
     """Read one token: the arguments of `selective_scan` without the length, and the state h.
 
     The official function is `selective_state_update` of mamba_ssm; that one writes the new state
-    over the old one, this one returns it. On a GPU, where no gradient is wanted and dt_softplus is
-    set, it is one kernel.
+    over the old one, this one returns it. On a GPU, where dt_softplus is set, it is one kernel.
 
     Returns:
         y: (batch, d_inner), and the state after the token.
@@ -136,16 +148,13 @@ def selective_step(
     check_choice("discretization", discretization, ["mamba", "zoh"])
     sizes = _check_tokens("batch", x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     h = _check_state("h", h, x, (sizes["batch"], *A.shape))
-    given = h, x, dt, A, B, C, D, z, dt_bias
-    learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-    if _choose(x) == "triton" and dt_softplus and discretization == "mamba" and not learning:
-        from mamba_tutorial.kernels import decode
-
-        return decode.selective_step(*given, dt_softplus)
-    step = _step_size(dt, dt_bias, dt_softplus, h.dtype)
-    inputs = [tensor.to(h.dtype) for tensor in (A, B, C)]
-    y, h = _advance(h, x.to(h.dtype), step, *inputs, discretization == "zoh")
-    return _skip_and_gate(y, x, D, z), h
+    exact = discretization == "zoh"
+    if not dt_softplus:
+        _check_step_size(dt, dt_bias)
+    with without_autocast(x):
+        if _choose(x) == "triton" and dt_softplus and not exact:
+            return _STEP(h, x, dt, A, B, C, D, z, dt_bias)
+        return _step(h, x, dt, A, B, C, D, z, dt_bias, dt_softplus, exact)
 
 
 class SelectiveSSM(nn.Module):
@@ -157,10 +166,14 @@ class SelectiveSSM(nn.Module):
         B = W_B x,  C = W_C x                     each d_inner → d_state
 
     and then `selective_scan` with A = −exp(A_log) and D. The parameters and their start are those
-    of `Mamba` in mamba_ssm: A_n = −n in every channel; D = 1; the softplus of dt_proj.bias is
+    of `Mamba` in mamba_ssm: A_n = −n in every channel; D = 1; the softplus of dt_bias is
     log-uniform in [dt_min, dt_max]; dt_proj.weight is uniform in ± dt_rank^−½. (The paper writes
     that dt is uniform; the released code draws its logarithm uniformly.) A_log and D
     are to be trained without weight decay, which `mamba_tutorial.training.parameter_groups` heeds.
+
+    One difference in a name: what the released code holds as dt_proj.bias is dt_bias here. It is
+    added in float32, inside the scan, so it is no part of the projection, and the projection is
+    called as it is, whatever takes its place.
 
     Args:
         d_inner: the number of channels.
@@ -192,15 +205,15 @@ class SelectiveSSM(nn.Module):
         discretization: Discretization = "mamba",
     ):
         super().__init__()
-        for name, size in (("d_inner", d_inner), ("d_state", d_state), ("dt_rank", dt_rank)):
+        d_inner, d_state, dt_rank = (
             check_length(size, name=name)
+            for name, size in (("d_inner", d_inner), ("d_state", d_state), ("dt_rank", dt_rank))
+        )
         for part in selective:
             check_choice("selective", part, ["dt", "B", "C"])
         check_choice("discretization", discretization, ["mamba", "zoh"])
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(
-                f"dt_min is {dt_min} and dt_max {dt_max}, expected 0 < dt_min ≤ dt_max"
-            )
+        check_range(dt_min, dt_max)
+        check_number("dt_floor", dt_floor, least=0)
         self.discretization = discretization
         # in the order in which the released code joins them in x_proj
         self.sizes = {
@@ -210,20 +223,25 @@ class SelectiveSSM(nn.Module):
         }
         if self.sizes:
             self.x_proj = nn.Linear(d_inner, sum(self.sizes.values()), bias=False)
-        self.dt_proj = nn.Linear(dt_rank, d_inner)
+        dt_proj = nn.Linear(dt_rank, d_inner)
+        self.dt_bias = dt_proj.bias
+        dt_proj.register_parameter("bias", None)
+        nn.init.uniform_(dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
+        if "dt" in self.sizes:
+            self.dt_proj = dt_proj
         for part in {"B", "C"} - set(self.sizes):
             self.register_parameter(part, nn.Parameter(torch.ones(d_state)))
-        self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(d_inner, 1))
+        A = torch.arange(1, d_state + 1, dtype=torch.get_default_dtype())
+        self.A_log = nn.Parameter(A.log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
-        nn.init.uniform_(self.dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
         log_dt = torch.rand(d_inner) * math.log(dt_max / dt_min) + math.log(dt_min)
         with torch.no_grad():
-            self.dt_proj.bias.copy_(inverse_softplus(log_dt.exp().clamp(min=dt_floor)))
+            self.dt_bias.copy_(inverse_softplus(log_dt.exp().clamp(min=dt_floor)))
 
     @property
     def A(self) -> Float[Tensor, "d_inner d_state"]:
-        """−exp(A_log), negative whatever is learned, in float32."""
-        return -self.A_log.float().exp()
+        """−exp(A_log), negative whatever is learned, in float32 at least."""
+        return -self.A_log.to(wide(self.A_log.dtype)).exp()
 
     def select(
         self, x: Float[Tensor, "*batch d_inner"]
@@ -233,9 +251,11 @@ class SelectiveSSM(nn.Module):
         Float[Tensor, "*batch d_state"],
     ]:
         """Return Δ before bias and softplus, B and C of every token."""
+        check_is_tensor("x", x)
+        check_shape("x", x, "... d_inner", d_inner=len(self.D))
         projected = self.x_proj(x).split(list(self.sizes.values()), -1) if self.sizes else ()
         parts = dict(zip(self.sizes, projected, strict=True))
-        dt = F.linear(parts["dt"], self.dt_proj.weight) if "dt" in parts else torch.zeros_like(x)
+        dt = self.dt_proj(parts["dt"]) if "dt" in parts else torch.zeros_like(x)
         B, C = (
             parts[name] if name in parts else getattr(self, name).to(x).expand(*x.shape[:-1], -1)
             for name in ("B", "C")
@@ -243,17 +263,32 @@ class SelectiveSSM(nn.Module):
         return dt, B, C
 
     def step_size(self, x: Float[Tensor, "*batch d_inner"]) -> Float[Tensor, "*batch d_inner"]:
-        """Return the step Δ that each token is given, in float32."""
-        return _step_size(self.select(x)[0], self.dt_proj.bias, True, torch.float32)
+        """Return the step Δ that each token is given, in float32 at least."""
+        return _step_size(self.select(x)[0], self.dt_bias, True, wide(x.dtype))
 
     def forward(
-        self, x: Tokens, z: Tokens | None = None, h0: State | None = None
-    ) -> tuple[Tokens, State]:
-        """Run over whole sequences, gated by silu(z) if given; return y and the last state."""
+        self,
+        x: Tokens | Float[Tensor, "batch d_inner"],
+        z: Tokens | Float[Tensor, "batch d_inner"] | None = None,
+        h: State | None = None,
+    ) -> tuple[Tokens | Float[Tensor, "batch d_inner"], State]:
+        """Run over whole sequences, or read one token of each; return y and the state after it.
+
+        Args:
+            x: (batch, length, d_inner), or (batch, d_inner) for one token.
+            z: like x; the output is multiplied by silu(z).
+            h: (batch, d_inner, d_state), the state before; zero by default.
+
+        Raises:
+            TypeError, ValueError: as `selective_scan`.
+        """
         dt, B, C = self.select(x)
-        return selective_scan(
-            x, dt, self.A, B, C, self.D, z, self.dt_proj.bias, True, h0, True, self.discretization
-        )
+        given = x, dt, self.A, B, C, self.D, z, self.dt_bias, True
+        if x.ndim != 2:
+            return selective_scan(*given, h, True, self.discretization)
+        if h is None:
+            h = x.new_zeros(len(x), *self.A_log.shape, dtype=wide(x.dtype))
+        return selective_step(h, *given, self.discretization)
 
     def step(
         self,
@@ -262,10 +297,7 @@ class SelectiveSSM(nn.Module):
         z: Float[Tensor, "batch d_inner"] | None = None,
     ) -> tuple[Float[Tensor, "batch d_inner"], State]:
         """Read one token; return its output and the new state."""
-        dt, B, C = self.select(x)
-        return selective_step(
-            h, x, dt, self.A, B, C, self.D, z, self.dt_proj.bias, True, self.discretization
-        )
+        return self(x, z, h)
 
 
 def inverse_softplus(y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -273,57 +305,42 @@ def inverse_softplus(y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return y + torch.log(-torch.expm1(-y))
 
 
-def _triton(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    h0: Tensor | None,
-    dt_softplus: bool,
-    exact: bool,
-) -> tuple[Tensor, Tensor]:
-    """The whole of it in one kernel: bias, softplus, scan, skip connection and gate."""
-    check_triton(x, "backend")
-    if not dt_softplus:
-        _step_size(dt, dt_bias, False, torch.float32)  # for its check alone
-    from mamba_tutorial.kernels.selective_scan import SelectiveScan
+# The scan as an operator. Its arguments, all positional, are those of `selective_scan` up to h0,
+# then softplus, exact, whether to keep some states for the gradient, and the backend.
 
-    return SelectiveScan.apply(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact)
+BACKENDS = ("sequential", "parallel", "numba", "triton")
+KEPT = 32  # tokens between two states that the backends on a CPU keep
 
 
-def _unfused_ends(
-    scan: Callable,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    h0: Tensor | None,
-    dt_softplus: bool,
-    exact: bool,
-) -> tuple[Tensor, Tensor]:
-    """Bias and softplus before a scan, skip connection and gate after it, as PyTorch operations."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+def _fused(x, dt, A, B, C, D, z, dt_bias, h0, softplus, exact, backend) -> tuple[Tensor, Tensor]:
+    """The whole of it in one operator: bias, softplus, scan, skip connection and gate."""
+    given = x, dt, A, B, C, D, z, dt_bias, h0
+    return _SCAN(*given, softplus, exact, _learning(given), backend)[:2]
+
+
+def _unfused(x, dt, A, B, C, D, z, dt_bias, h0, softplus, exact, backend) -> tuple[Tensor, Tensor]:
+    """Bias and softplus before the scan, skip connection and gate after it, as PyTorch does them."""
+    dtype = wide(x.dtype)
     if h0 is None:
         h0 = x.new_zeros(len(x), *A.shape, dtype=dtype)
-    step = _step_size(dt, dt_bias, dt_softplus, dtype)
-    y, h_last = scan(x.to(dtype), step, A.to(dtype), B.to(dtype), C.to(dtype), h0, exact)
+    step = _step_size(dt, dt_bias, softplus, dtype)
+    given = *(tensor.to(dtype) for tensor in (x, step, A, B, C)), h0
+    if backend == "sequential":
+        y, h_last = _sequential(*given, exact)
+    else:
+        *tokens, h0 = given
+        ends = None, None, None, h0, False, exact, _learning(given), backend
+        y, h_last = _SCAN(*tokens, *ends)[:2]
     return _skip_and_gate(y, x, D, z), h_last
 
 
-# Scans: (x, Δ, A, B, C, h0, exact) → (y, last state), all of one dtype, without D and gate.
+def _learning(given: Iterable[Tensor | None]) -> bool:
+    """Say whether a backward pass may follow. An exported program is there to be run."""
+    learning = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    return learning and any(t is not None and t.requires_grad for t in given)
 
 
-def _sequential(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, exact: bool
-) -> tuple[Tensor, Tensor]:
+def _sequential(x, dt, A, B, C, h, exact) -> tuple[Tensor, Tensor]:
     outputs = []
     for x_t, dt_t, B_t, C_t in zip(*(part.unbind(1) for part in (x, dt, B, C)), strict=True):
         y_t, h = _advance(h, x_t, dt_t, A, B_t, C_t, exact)
@@ -331,52 +348,264 @@ def _sequential(
     return torch.stack(outputs, 1), h
 
 
-def _parallel(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, exact: bool
+def _definition(
+    x, dt, A, B, C, D, z, dt_bias, h0, softplus, exact, keep, backend
 ) -> tuple[Tensor, Tensor]:
-    """Scan some tokens at a time; the backward pass computes their states once more."""
-    batch, length, _ = x.shape
-    size = max(1, CHUNK_NUMBERS // (batch * A.numel()))
-    outputs = []
-    for start in range(0, length, size):
-        parts = [part[:, start : start + size] for part in (x, dt, B, C)]
-        y, h = checkpoint(
-            _chunk, *parts, A, h, exact, use_reentrant=False, preserve_rng_state=False
+    """What the operator computes, without a kernel: all states at once."""
+    dtype = wide(x.dtype)
+    step = _step_size(dt, dt_bias, softplus, dtype)
+    a, b = _discrete(x.to(dtype), step, A.to(dtype), B.to(dtype), exact)
+    states = linear_scan(a, b, h0)
+    y = (states * C.to(dtype)[:, :, None]).sum(-1)
+    return _skip_and_gate(y, x, D, z), states[:, -1]
+
+
+def _run_scan(
+    x, dt, A, B, C, D, z, dt_bias, h0, softplus, exact, keep, backend
+) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "triton":
+        from mamba_tutorial.kernels.selective_scan import forward
+
+        y, h_last, starts = forward(x, dt, A, B, C, D, z, dt_bias, h0, softplus, exact, keep)
+    elif _in_numba(backend):
+        from mamba_tutorial.kernels.cpu import forward
+
+        y, h_last, starts = forward(x, dt, A, B, C, h0, exact)
+    else:
+        y, h_last, starts = _parallel(x, dt, A, B, C, h0, exact)
+    return y, h_last, starts if keep else h_last.new_empty(0)
+
+
+def _like_scan(
+    x, dt, A, B, C, D, z, dt_bias, h0, softplus, exact, keep, backend
+) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, length, d_inner), d_state, every = x.shape, A.shape[1], KEPT
+    if backend == "triton":
+        from mamba_tutorial.kernels.selective_scan import spacing
+
+        every = spacing(x, d_state, exact)
+    h_last = _like_state(x, A, backend)
+    state = (d_state, d_inner) if backend == "triton" else (d_inner, d_state)
+    starts = (batch, -(-length // every), *state) if keep else (0,)
+    return x.new_empty(x.shape), h_last, h_last.new_empty(starts)
+
+
+def _like_state(x: Tensor, A: Tensor, backend: str) -> Tensor:
+    """Make room for a state; on a GPU neighbouring channels are neighbours in memory."""
+    d_inner, d_state = A.shape
+    if backend == "triton":
+        return x.new_empty(len(x), d_state, d_inner, dtype=torch.float32).mT
+    return x.new_empty(len(x), d_inner, d_state)
+
+
+def _scan_gradient(wanted, upstream, inputs, kept) -> tuple:
+    *given, softplus, exact, _, backend = inputs
+    dy, dh_last, _ = upstream
+    dx, ddt, dz, shared, own, dh0 = _GRADIENTS(*given, dy, dh_last, *kept, softplus, exact, backend)
+    (dB, dC), n = shared.unbind(0), given[2].shape[1]
+    return dx, ddt, own[:n].mT, dB, dC, own[n], dz, own[n + 1], dh0, *(None,) * 4
+
+
+# Its gradients: of x, dt and z (empty if there is none); of B and C, one above the other; of A, D
+# and dt_bias in the rows of (d_state + 2, d_inner); and of h0.
+
+
+def _run_gradients(
+    x, dt, A, B, C, D, z, dt_bias, h0, dy, dh_last, starts, softplus, exact, backend
+) -> tuple[Tensor, ...]:
+    if starts.numel() == 0:  # nobody could know that they would be asked for
+        given = x, dt, A, B, C, D, z, dt_bias, h0
+        starts = _run_scan(*given, softplus, exact, True, backend)[2]
+    if backend == "triton":
+        from mamba_tutorial.kernels.selective_scan import backward
+
+        return backward(dy, dh_last, starts, x, dt, A, B, C, D, z, dt_bias, softplus, exact)
+    dy = torch.zeros_like(x) if dy is None else dy
+    dh_last = torch.zeros_like(h0) if dh_last is None else dh_last
+    backward = _parallel_backward
+    if _in_numba(backend):
+        from mamba_tutorial.kernels.cpu import backward
+    dx, ddt, dA, dB, dC, dh0 = backward(dy, dh_last, starts, x, dt, A, B, C, exact)
+    own = torch.cat([dA.mT, dA.new_zeros(2, len(dA))])
+    return dx, ddt, x.new_empty(0), torch.stack([dB, dC]), own, dh0
+
+
+def _like_gradients(
+    x, dt, A, B, C, D, z, dt_bias, h0, dy, dh_last, starts, softplus, exact, backend
+) -> tuple[Tensor, ...]:
+    dh0 = _like_state(x, A, backend)
+    shared = B.dtype if B.dtype == C.dtype else torch.float32
+    return (
+        x.new_empty(x.shape),
+        dt.new_empty(dt.shape),
+        x.new_empty(0) if z is None else z.new_empty(z.shape),
+        B.new_empty(2, *B.shape, dtype=shared),
+        dh0.new_empty(A.shape[1] + 2, A.shape[0]),
+        dh0,
+    )
+
+
+def _gradients_definition(
+    x, dt, A, B, C, D, z, dt_bias, h0, dy, dh_last, starts, softplus, exact, backend
+) -> tuple[Tensor, ...]:
+    given = x, dt, A, B, C, D, z, dt_bias, h0
+    wanted = [tensor is not None for tensor in given]
+    inputs = *given, softplus, exact, False, backend
+    found = vjp(_definition, wanted, (dy, dh_last), inputs)
+    dx, ddt, dA, dB, dC, dD, dz, dbias, dh0 = found
+    none = dA.new_zeros(len(dA))
+    own = torch.cat([dA.mT, *((none if row is None else row)[None] for row in (dD, dbias))])
+    empty = x.new_empty(0)
+    dh0 = torch.zeros_like(_like_state(x, A, backend)) if dh0 is None else dh0
+    return dx, ddt, empty if dz is None else dz, torch.stack([dB, dC]), own, dh0
+
+
+_TENSORS = (
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias"
+)
+_SCAN = register(
+    "selective_scan",
+    f"({_TENSORS}, Tensor? h0, bool softplus, bool exact, bool keep, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    run=_run_scan,
+    like=_like_scan,
+    definition=_definition,
+    gradient=_scan_gradient,
+    kept=(2,),
+    hidden=1,
+)
+_GRADIENTS = register(
+    "selective_scan_backward",
+    f"({_TENSORS}, Tensor? h0, Tensor? dy, Tensor? dh_last, Tensor starts, bool softplus,"
+    " bool exact, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    run=_run_gradients,
+    like=_like_gradients,
+    definition=_gradients_definition,
+)
+
+
+def _run_step(h, x, dt, A, B, C, D, z, dt_bias) -> tuple[Tensor, Tensor]:
+    from mamba_tutorial.kernels.decode import selective_step
+
+    return selective_step(h, x, dt, A, B, C, D, z, dt_bias, True)
+
+
+def _step(h, x, dt, A, B, C, D, z, dt_bias, softplus=True, exact=False) -> tuple[Tensor, Tensor]:
+    step = _step_size(dt, dt_bias, softplus, h.dtype)
+    y, h = _advance(h, *(tensor.to(h.dtype) for tensor in (x, step, A, B, C)), exact)
+    return _skip_and_gate(y, x, D, z), h
+
+
+_STEP = register(
+    "selective_step",
+    f"(Tensor h, {_TENSORS}) -> (Tensor, Tensor)",
+    run=_run_step,
+    like=lambda h, x, *_: (x.new_empty(x.shape), h.new_empty(h.shape)),
+    definition=_step,
+)
+
+
+# The scan in PyTorch's operations, some tokens at a time, so that not all states are stored.
+
+
+def _pieces(x: Tensor, A: Tensor) -> list[slice]:
+    """Cut the length into pieces of CHUNK_NUMBERS numbers, and of whole multiples of KEPT."""
+    size = KEPT * max(1, CHUNK_NUMBERS // (KEPT * len(x) * A.numel()))
+    return [slice(start, start + size) for start in range(0, x.shape[1], size)]
+
+
+def _parallel(x, dt, A, B, C, h, exact) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, the last state, and the states before every KEPT tokens."""
+    outputs, starts = [], []
+    for piece in _pieces(x, A):
+        a, b = _discrete(x[:, piece], dt[:, piece], A, B[:, piece], exact)
+        states = linear_scan(a, b, h)
+        outputs.append((states @ C[:, piece, :, None]).squeeze(-1))
+        starts += [h[:, None], states[:, KEPT - 1 : -1 : KEPT]]
+        h = states[:, -1].clone()
+    return torch.cat(outputs, 1), h, torch.cat(starts, 1)
+
+
+def _parallel_backward(dy, G, starts, x, dt, A, B, C, exact) -> tuple[Tensor, ...]:
+    """Return the gradients of x, dt, A, B, C and h0.
+
+    With g_t = dy_t C_t + a_{t+1} g_{t+1} the gradient of the state, and z = Δ A: what arrives at z is
+    g_t (a_t h_{t−1} + w'(z) Δ x B), from which A and Δ get theirs. G is that of the last state.
+    """
+    dA, results = torch.zeros_like(A), []
+    for piece in reversed(_pieces(x, A)):
+        x_, dt_, B_, C_, dy_ = (part[:, piece] for part in (x, dt, B, C, dy))
+        h = starts[:, piece.start // KEPT]
+        a, b = _discrete(x_, dt_, A, B_, exact)
+        states = linear_scan(a, b, h)
+        before = torch.cat([h[:, None], states[:, :-1]], 1)
+        arriving = dy_[..., None] * C_[:, :, None]
+        arriving[:, -1] += G
+        later = torch.cat([a[:, 1:], torch.zeros_like(a[:, :1])], 1)
+        g = linear_scan(later, arriving, reverse=True)
+        z, drive = dt_[..., None] * A, (dt_ * x_)[..., None]
+        dz, weighed = g * a * before, g
+        if exact:
+            dz = dz + g * drive * B_[:, :, None] * exprel_slope(z)
+            weighed = g * exprel(z)
+        dA += (dz * dt_[..., None]).sum((0, 1))
+        ddrive = (weighed * B_[:, :, None]).sum(-1)
+        results.append(
+            (
+                ddrive * dt_,
+                ddrive * x_ + (dz * A).sum(-1),
+                (weighed * drive).sum(2),
+                (states * dy_[..., None]).sum(2),
+            )
         )
-        outputs.append(y)
-    return torch.cat(outputs, 1), h
+        G = a[:, 0] * g[:, 0]
+    dx, ddt, dB, dC = (torch.cat(parts[::-1], 1) for parts in zip(*results, strict=True))
+    return dx, ddt, dA, dB, dC, G
 
 
-def _chunk(
-    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, h: Tensor, exact: bool
-) -> tuple[Tensor, Tensor]:
-    states = linear_scan(*_discrete(x, dt, A, B, exact), h)
-    return (states @ C[..., None]).squeeze(-1), states[:, -1]
+@cache
+def _numba_works() -> bool:
+    """Say whether Numba, which is there, can be imported and its loop runs; if not, warn why."""
+    try:
+        from mamba_tutorial.kernels.cpu import forward
+
+        one = torch.ones(1, 1, 1)
+        forward(one, one, one[0], one, one, one, False)
+    except Exception as error:  # whatever it is, there is another way
+        warnings.warn(
+            f"Numba cannot be used ({type(error).__name__}: {error}). PyTorch's operations scan "
+            "instead, which takes longer.",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
-def _numba(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, exact: bool
-) -> tuple[Tensor, Tensor]:
-    if not installed("numba"):
-        raise ValueError("backend is 'numba', but Numba is not installed: pip install numba")
-    if x.device.type != "cpu" or x.dtype != torch.float32:
-        given = f"{x.dtype} on {x.device}"
-        raise ValueError(f"backend is 'numba', which computes in float32 on a CPU, not {given}")
-    from mamba_tutorial.kernels.cpu import SelectiveScan
-
-    return SelectiveScan.apply(x, dt, A, B, C, h, exact)
-
-
-BACKENDS = {"sequential": _sequential, "parallel": _parallel, "numba": _numba}
-
-
-def _choose(x: Tensor) -> Backend:
+def _choose(x: Tensor) -> str:
     if x.dtype != torch.float64:
-        if x.is_cuda and installed("triton"):
+        if x.is_cuda and HAS_TRITON:
             return "triton"
-        if x.device.type == "cpu" and installed("numba"):
-            return "numba"
+        if x.device.type == "cpu":
+            return "numba, or parallel"
     return "parallel"
+
+
+def _in_numba(backend: str) -> bool:
+    """Choose late: a tracer, which comes by here no more, cannot try Numba out."""
+    if backend == "numba, or parallel":
+        return installed("numba") and _numba_works()
+    return backend == "numba"
+
+
+def _check_backend(backend: str, x: Tensor) -> None:
+    if backend == "triton":
+        check_triton(x, "backend")
+    if backend == "numba":
+        if x.device.type != "cpu" or x.dtype == torch.float64:
+            given = f"{x.dtype} on {x.device}"
+            raise ValueError(f"backend is 'numba', which computes in float32 on a CPU, not {given}")
+        if not installed("numba"):
+            raise ValueError("backend is 'numba', but Numba is not installed: pip install numba")
 
 
 def _advance(
@@ -397,12 +626,18 @@ def _discrete(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, exact: bool) -> tuple
 
 def _step_size(dt: Tensor, bias: Tensor | None, softplus: bool, dtype: torch.dtype) -> Tensor:
     dt = dt.to(dtype) if bias is None else dt.to(dtype) + bias.to(dtype)
-    if softplus:
-        return F.softplus(dt)
-    if (dt < 0).any():
-        needed = "expected Δ ≥ 0, or dt_softplus=True"
-        raise ValueError(f"dt has minimum {dt.min().item():g} (with its bias), {needed}")
-    return dt
+    return F.softplus(dt) if softplus else dt
+
+
+def _check_step_size(dt: Tensor, bias: Tensor | None) -> None:
+    """Look whether a step given as it is, without softplus, is negative; on a CPU only.
+
+    On a GPU the look would wait for all that goes before.
+    """
+    if dt.is_cuda:
+        return
+    dt = _step_size(dt, bias, False, wide(dt.dtype))
+    check_least("dt", dt, ~(dt < 0), "Δ ≥ 0, or dt_softplus=True")
 
 
 def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
@@ -415,10 +650,11 @@ def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> 
 
 def _check_tokens(leading: str, **given: Tensor | None) -> dict[str, int]:
     """Check dtypes, devices and shapes; return the sizes of the axes."""
-    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-    x, A = tensors["x"], tensors["A"]
+    optional = {"D", "z", "dt_bias"}
+    tensors = {n: t for n, t in given.items() if not (t is None and n in optional)}
     for name, tensor in tensors.items():
-        _check_kind(name, tensor, x)
+        _check_kind(name, tensor, given["x"])
+    x, A = given["x"], given["A"]
     axes = leading.split()
     if x.ndim != len(axes) + 1:
         needed = f"expected ({', '.join(axes)}, d_inner)"
@@ -446,8 +682,7 @@ def _check_state(name: str, h: Tensor, x: Tensor, shape: tuple[int, ...]) -> Ten
 
 
 def _check_kind(name: str, tensor: Tensor, x: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    check_is_tensor(name, tensor)
     if not tensor.is_floating_point():
         raise TypeError(f"{name} has dtype {tensor.dtype}, expected a floating one")
     if (tensor.dtype == torch.float64) != (x.dtype == torch.float64):

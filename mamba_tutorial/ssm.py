@@ -18,6 +18,7 @@ from torch import Tensor
 from mamba_tutorial._check import (
     check_choice,
     check_length,
+    check_memory,
     check_shape,
     check_square,
     check_step,
@@ -87,7 +88,8 @@ class DiscreteStateSpace:
         Raises:
             ValueError: length is not a positive number.
         """
-        check_length(length)
+        length = check_length(length)
+        check_memory("length", length, length * len(self.C) * self.B_bar.shape[1])
         power, kernel = self.B_bar, [self.C @ self.B_bar]
         for _ in range(length - 1):
             power = self.A_bar @ power
@@ -253,28 +255,51 @@ def causal_convolution(
     """
     check_choice("method", method, ["fft", "direct"])
     check_tensors(x=x, kernel=kernel)
-    check_shape("x", x, "length channels")
+    check_shape("x", x, "... length channels")
     check_shape("kernel", kernel, "taps channels", channels=x.shape[-1])
-    length = x.shape[-2]
-    kernel = kernel[:length]
-    if method == "direct":
-        signal = F.pad(x.mT.reshape(-1, x.shape[-1], length), (len(kernel) - 1, 0))
-        y = F.conv1d(signal, kernel.flip(0).mT.unsqueeze(1), groups=x.shape[-1])
-        return y.reshape(x.mT.shape).mT
+    for name, tensor, axis in (("x", x, "length"), ("kernel", kernel, "taps")):
+        if tensor.shape[-2] == 0:
+            given = tuple(tensor.shape)
+            raise ValueError(f"{name} has shape {given}, expected at least 1 for {axis}")
+    return fft_convolution(x, kernel) if method == "fft" else _direct_convolution(x, kernel)
+
+
+def fft_convolution(x: Tensor, kernel: Tensor) -> Tensor:
+    """Return `causal_convolution` by spectra, without checks; half precision goes by float32."""
+    length, dtype = x.shape[-2], x.dtype
+    if x.numel() == 0:
+        return x * kernel.sum(0)  # nothing, with gradients
+    if dtype in (torch.float16, torch.bfloat16):
+        x = x.float()
+    kernel = kernel[:length].to(x.dtype)
     size = 1 << (length + len(kernel) - 2).bit_length()  # a power of two is quick
     forward, backward = (
         (torch.fft.fft, torch.fft.ifft) if x.is_complex() else (torch.fft.rfft, torch.fft.irfft)
     )
     spectrum = forward(x, n=size, dim=-2) * forward(kernel, n=size, dim=-2)
-    return backward(spectrum, n=size, dim=-2)[..., :length, :]
+    return backward(spectrum, n=size, dim=-2)[..., :length, :].to(dtype)
+
+
+def _direct_convolution(x: Tensor, kernel: Tensor) -> Tensor:
+    length, channels = x.shape[-2:]
+    kernel = kernel[:length]
+    signal = F.pad(x.mT.reshape(-1, channels, length), (len(kernel) - 1, 0))
+    y = F.conv1d(signal, kernel.flip(0).mT.unsqueeze(1), groups=channels)
+    return y.reshape(x.mT.shape).mT
 
 
 def _states(A_bar: Tensor, drive: Tensor, h: Tensor) -> list[Tensor]:
-    """Return the states h_k = Ā h_{k−1} + drive_k, for drive (..., steps, state)."""
+    """Return the states h_k = Ā h_{k−1} + drive_k, for drive (..., steps, state).
+
+    In half precision the state is float32: what it forgets at one step, it would never regain.
+    """
+    dtype = drive.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        A_bar, drive, h = A_bar.float(), drive.float(), h.float()
     states = []
     for step in drive.unbind(-2):
         h = h @ A_bar.mT + step
-        states.append(h)
+        states.append(h.to(dtype))
     return states
 
 
@@ -285,12 +310,10 @@ def _output(system: StateSpace | DiscreteStateSpace, h: Tensor, x: Tensor) -> Te
 
 def _check_system(**matrices: Tensor | None) -> None:
     """Check the four matrices of a system, given by name in the order A, B, C, D."""
-    check_tensors(**matrices)
     (a, A), (b, B), (c, C), (d, D) = matrices.items()
-    for name, matrix in matrices.items():
-        if matrix is not None and matrix.ndim != 2:
-            raise ValueError(f"{name} has shape {tuple(matrix.shape)}, expected two axes")
+    check_tensors(optional=(d,), **matrices)
     check_square(a, A)
+    check_shape(a, A, "state state")
     check_shape(b, B, "state inputs", state=A.shape[0])
     check_shape(c, C, "outputs state", state=A.shape[0])
     if D is not None:
@@ -299,8 +322,8 @@ def _check_system(**matrices: Tensor | None) -> None:
 
 def _check_run(A: Tensor, B: Tensor, x: Tensor, h0: Tensor | None) -> Tensor:
     """Check a signal and an initial state against A (state, state) and B; return the state."""
-    check_tensors(A=A, x=x, h0=h0)
-    check_shape("x", x, "length inputs", inputs=B.shape[1])
+    check_tensors(optional=("h0",), A=A, x=x, h0=h0)
+    check_shape("x", x, "... length inputs", inputs=B.shape[1])
     if x.shape[-2] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected a length of at least 1")
     expected = (*x.shape[:-2], A.shape[0])

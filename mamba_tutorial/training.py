@@ -1,26 +1,38 @@
 """One small training loop: a progress bar, a seed, an early stop, a checkpoint, a record.
 
 `train` minimises the cross-entropy of a model on batches from a function, such as those of
-`mamba_tutorial.tasks`. Interrupt it and call it again with the same checkpoint, and it goes on as
-if nothing had happened, to the last bit.
+`mamba_tutorial.tasks`. Interrupt it anywhere and call it again with the same checkpoint, and it
+goes on as if nothing had happened, to the last bit: a checkpoint holds whole steps only.
 """
 
+import copy
+import io
 import json
 import math
+import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mamba_tutorial._check import check_length
+from mamba_tutorial._check import check_length, check_number
 from mamba_tutorial.tasks import IGNORE
+
+if os.name == "nt":
+    import msvcrt
+else:
+    import fcntl
 
 Batches = Callable[[torch.Generator], tuple[Tensor, Tensor]]
 
@@ -48,8 +60,14 @@ class Record:
     environment: dict = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
-        """Write the record as JSON."""
-        _write(Path(path), lambda file: file.write_text(json.dumps(asdict(self), indent=1)))
+        """Write the record as JSON, where a number that is not finite becomes null.
+
+        Raises:
+            ValueError: the folder of the path does not exist, or the path is no file.
+            OSError: the file cannot be written.
+        """
+        text = json.dumps(_without_nan(asdict(self)), indent=1, allow_nan=False)
+        _write(_place("path", path), text.encode())
 
 
 def train(
@@ -81,68 +99,84 @@ def train(
         every: the steps between evaluations, and between checkpoints.
         stop_at: stop early once the score reaches this.
         checkpoint: a file. Written every `every` steps, when interrupted, and at the end; read at
-            the start if it is there.
+            the start if it is there. A lock beside it keeps other runs away from it meanwhile.
         name: what the progress bar and the record call the run.
 
+    With a checkpoint, a copy of the model and of the optimizer's moments is kept in memory, so that
+    a step that is interrupted can be undone.
+
     Raises:
-        TypeError, ValueError: steps or every is not a positive whole number.
-        ValueError: the checkpoint is of a run with other settings, or the loss is not finite.
+        TypeError, ValueError: an argument is of another kind or outside its range; the model is in
+            evaluation mode; or what `batches`, the model or `evaluate` returns does not fit.
+        ValueError: the checkpoint cannot be written there, is in use by another process, is
+            damaged, or of another model or other settings, before anything is changed; or the loss
+            is not finite.
+        OSError: the checkpoint cannot be written.
     """
-    check_length(steps, name="steps")
-    check_length(every, name="every")
-    settings = {"steps": steps, "lr": lr, "weight_decay": weight_decay, "seed": seed}
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr)
+    steps, every = check_length(steps, name="steps"), check_length(every, name="every")
+    _check_arguments(model, batches, evaluate, stop_at, name)
+    settings = {
+        "steps": steps,
+        "lr": float(check_number("lr", lr, least=0)),
+        "weight_decay": float(check_number("weight_decay", weight_decay, least=0)),
+        "seed": check_number("seed", check_length(seed, name="seed", least=-(2**63)), below=2**64),
+    }
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings["weight_decay"]), settings["lr"])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _one_cycle(steps))
     record = Record(name, settings, sum(p.numel() for p in model.parameters()))
     record.environment = environment()
-    run = _Run(model, optimizer, schedule, generator, record)
-    path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and path.exists():
-        run.load(path)
-    bar = tqdm(total=steps, initial=len(record.losses), desc=name, **_bar_settings())
-    try:
-        while len(record.losses) < steps and not _reached(record, stop_at):
-            bar.set_postfix(loss=f"{run.update(batches):.3g}", refresh=False)
-            bar.update()
-            if len(record.losses) % every == 0 or len(record.losses) == steps:
-                if evaluate is not None:
-                    record.scores.append((len(record.losses), run.score(evaluate)))
-                if path is not None:
-                    run.save(path)
-    except KeyboardInterrupt:
-        if path is not None:
-            run.save(path)
-        raise
-    finally:
-        bar.close()
+    path = None if checkpoint is None else _place("checkpoint", checkpoint)
+    run = _Run(model, optimizer, schedule, torch.Generator(), record, path)
+    with nullcontext() if path is None else _alone(path):
+        run.begin()
+        bar = tqdm(total=steps, initial=len(record.losses), desc=name, **_bar_settings())
+        try:
+            run.milestone(evaluate, every)  # for the score that an interrupted run still owes
+            while len(record.losses) < steps and not _reached(record, stop_at):
+                bar.set_postfix(loss=f"{run.update(batches):.3g}", refresh=False)
+                bar.update()
+                run.milestone(evaluate, every)
+        except KeyboardInterrupt:
+            run.undo()
+            run.save()
+            raise
+        finally:
+            bar.close()
     return record
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
-    """Return the share of scored targets that the model's largest logit hits."""
-    scored = targets != IGNORE
-    return (model(inputs).argmax(-1) == targets)[scored].double().mean().item()
+    """Return the share of scored targets that the model's largest logit hits.
+
+    Raises:
+        TypeError, ValueError: the targets do not fit the logits, or none of them is scored.
+    """
+    logits = model(inputs)
+    targets, scored, outside = _targets(logits, targets)
+    if outside.any() or not scored.any():
+        raise _wrong_targets(logits, targets, outside)
+    return (logits.argmax(-1) == targets)[scored].double().mean().item()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Return the parameters in two groups for an optimizer: those that decay, those that do not.
 
     Matrices decay. Vectors (biases, norms, log Δ) do not, nor do the parameters that a module lists
-    in an attribute `no_weight_decay`, as `SelectiveSSM` does for A_log and D: if A_log decayed, all
-    its time scales would drift to one.
+    in an attribute `no_weight_decay`, as `SelectiveSSM` does for A_log and D, and `S4` for A, P and
+    B: if A_log decayed, all its time scales would drift to one.
     """
-    decaying, others = [], []
-    for module in model.modules():
-        spared = getattr(module, "no_weight_decay", ())
-        for name, parameter in module.named_parameters(recurse=False):
-            decays = parameter.ndim >= 2 and name not in spared
-            (decaying if decays else others).append(parameter)
+    spared = {
+        parameter
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim < 2 or name in getattr(module, "no_weight_decay", ())
+    }
+    decaying = [parameter for parameter in model.parameters() if parameter not in spared]
+    others = [parameter for parameter in model.parameters() if parameter in spared]
     return [
-        {"params": list(dict.fromkeys(decaying)), "weight_decay": weight_decay},
-        {"params": list(dict.fromkeys(others)), "weight_decay": 0.0},
+        {"params": decaying, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
 
 
@@ -161,62 +195,298 @@ def environment() -> dict:
 
 @dataclass
 class _Run:
-    """All that changes while a model trains, so that it can be saved and restored together."""
+    """All that changes while a model trains, so that it can be saved and restored together.
+
+    A step, and an evaluation, happens as a whole or not at all. `kept` is the state before the one
+    that is going on, for `undo`; it is None between two of them. The optimizer's learning rate and
+    the schedule follow from the number of losses, so they are set anew rather than saved.
+
+    An exception can come from anywhere in a step: a handler of signals, a hook, the optimizer. So
+    the state is copied before each step, into `room` where an earlier copy was: taking new memory
+    would take longer than the copying does.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
+    schedule: torch.optim.lr_scheduler.LambdaLR
     generator: torch.Generator
     record: Record
+    path: Path | None
+    kept: dict | None = None
+    room: dict = field(default_factory=dict)
 
+    def begin(self) -> None:
+        """Set the seeds, or go on from the checkpoint if it is there."""
+        saved = self.read() if self.path is not None and self.path.exists() else None
+        torch.manual_seed(self.record.settings["seed"])
+        self.generator.manual_seed(self.record.settings["seed"])
+        if saved is not None:
+            self.record.losses = saved["record"]["losses"]
+            self.record.scores = saved["record"]["scores"]
+            self.record.seconds = saved["record"]["seconds"]
+            self.restore(saved)
+
+    @torch.enable_grad()  # an interruption at the wrong place leaves no_grad() on
     def update(self, batches: Batches) -> float:
         start = time.perf_counter()
-        inputs, targets = batches(self.generator)
-        logits = self.model(inputs)
-        loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE)
-        if not torch.isfinite(loss):
-            step = len(self.record.losses) + 1
-            raise ValueError(f"the loss is {loss.item()} at step {step}; try a smaller lr")
+        self.keep()
+        inputs, targets = _pair(batches(self.generator))
+        loss, value = self.loss(inputs, targets)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self.schedule.step()
-        self.record.losses.append(loss.item())
         self.record.seconds += time.perf_counter() - start
-        return loss.item()
+        self.record.losses.append(value)
+        self.kept = None
+        return value
 
-    def score(self, evaluate: Callable[[nn.Module], float]) -> float:
-        self.model.eval()
-        with torch.no_grad():
-            score = evaluate(self.model)
-        self.model.train()
-        return score
+    def loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+        """The loss, and its value if all is well with it and with the targets."""
+        logits = self.model(inputs)
+        targets, scored, outside = _targets(logits, targets)
+        # A GPU is waited for once, here; and it would stop for good at a target outside.
+        inside = targets.masked_fill(outside, IGNORE).flatten()
+        flat = logits.reshape(-1, logits.shape[-1])
+        loss = F.cross_entropy(flat, inside, ignore_index=IGNORE)
+        flags = [loss.detach(), scored.any(), outside.any()]
+        value, any_scored, any_outside = torch.stack(flags).tolist()
+        if any_outside or not any_scored:
+            raise _wrong_targets(logits, targets, outside)
+        if not math.isfinite(value):
+            step = len(self.record.losses) + 1
+            raise ValueError(f"the loss is {value} at step {step}; try a smaller lr")
+        return loss, value
 
-    def save(self, path: Path) -> None:
-        state = {
+    def milestone(self, evaluate: Callable[[nn.Module], float] | None, every: int) -> None:
+        """Every `every` steps and at the end: a score, if there is none yet, and a checkpoint."""
+        done = len(self.record.losses)
+        if done == 0 or (done % every != 0 and done != self.record.settings["steps"]):
+            return
+        scored = bool(self.record.scores) and self.record.scores[-1][0] == done
+        if evaluate is not None and not scored:
+            self.score(evaluate)
+        self.save()
+
+    def score(self, evaluate: Callable[[nn.Module], float]) -> None:
+        self.keep()
+        resting = [module for module in self.model.modules() if not module.training]
+        try:
+            self.model.eval()
+            with torch.no_grad():
+                score = _number(evaluate(self.model))
+        finally:
+            self.model.train()
+            for module in resting:
+                module.training = False
+        self.record.scores.append((len(self.record.losses), score))
+        self.kept = None
+
+    def state(self) -> dict:
+        """What the next step depends on, but for the record. The tensors are those in use."""
+        moments = self.optimizer.state
+        named = self.model.named_parameters()
+        return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            "optimizer": {name: moments[p] for name, p in named if p in moments},
             "generator": self.generator.get_state(),
             "random": torch.get_rng_state(),
-            "record": asdict(self.record),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         }
-        _write(path, lambda file: torch.save(state, file))
 
-    def load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)
-        saved = state["record"]["settings"]
-        if saved != self.record.settings:
-            needed = f"expected {self.record.settings}"
-            raise ValueError(f"checkpoint {path} is of a run with {saved}, {needed}")
+    def restore(self, state: dict) -> None:
+        """Go to a state, at the step that the record has reached."""
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        self.optimizer.state.clear()
+        for name, parameter in self.model.named_parameters():
+            for key, value in state["optimizer"].get(name, {}).items():
+                device = "cpu" if key == "step" else parameter.device
+                self.optimizer.state[parameter][key] = value.to(device)
+        done, settings = len(self.record.losses), self.record.settings
+        self.schedule.last_epoch = done
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings["lr"] * _one_cycle(settings["steps"])(done)
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["random"])
-        self.record.losses = state["record"]["losses"]
-        self.record.scores = state["record"]["scores"]
-        self.record.seconds = state["record"]["seconds"]
+        for gpu, random in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+            torch.cuda.set_rng_state(random, gpu)
+
+    def keep(self) -> None:
+        if self.path is not None:
+            self.room = _copy(self.state(), self.room)
+            self.kept = self.room | {"done": (len(self.record.losses), len(self.record.scores))}
+
+    def undo(self) -> None:
+        """Go back to before the step or the evaluation that is going on, if one is."""
+        if self.kept is not None:
+            losses, scores = self.kept["done"]
+            del self.record.losses[losses:], self.record.scores[scores:]
+            self.restore(self.kept)
+            self.kept = None
+
+    def save(self) -> None:
+        if self.path is not None:
+            # into memory, since torch.save hides what went wrong with a file behind its own error
+            self.room = {}
+            file = io.BytesIO()
+            torch.save(self.state() | {"record": asdict(self.record)}, file)
+            _write(self.path, file.getbuffer())
+
+    def read(self) -> dict:
+        """Return the content of the checkpoint, after all of it was compared with this run."""
+        with self.path.open("rb") as file:
+            try:
+                # the checksums are compared here alone; torch.load does not
+                damaged = zipfile.ZipFile(file).testzip()
+                file.seek(0)
+                state = torch.load(file, map_location="cpu", weights_only=True)
+            except Exception as error:
+                raise ValueError(f"checkpoint {self.path} cannot be read: {error}") from error
+        if damaged is not None:
+            raise ValueError(f"checkpoint {self.path} is damaged in {damaged}")
+        self.check(state)
+        return state
+
+    def check(self, saved: object) -> None:
+        """Raise ValueError unless a checkpoint's content is of this model and these settings."""
+        where = f"checkpoint {self.path}"
+        record = asdict(self.record) | {"losses": [0.0], "scores": [(0, 0.0)]}
+        needed = self.state() | {"record": record}
+        _check_keys(where, saved, needed)
+        _check_kind(f"optimizer of {where}", saved["optimizer"], {})
+        count = torch.zeros((), dtype=torch.promote_types(torch.get_default_dtype(), torch.float32))
+        needed["optimizer"] = {
+            name: {"step": count, "exp_avg": parameter, "exp_avg_sq": parameter}
+            for name, parameter in self.model.named_parameters()
+            if name in saved["optimizer"]  # without a gradient there is none
+        }
+        _check_alike(f"record of {where}", saved["record"], record)
+        if saved["record"]["settings"] != self.record.settings:
+            given = saved["record"]["settings"]
+            raise ValueError(f"{where} is of a run with {given}, expected {self.record.settings}")
+        _check_alike(where, saved, needed)
+        for name in ("generator", "random"):
+            _check_generator(f"{name} of {where}", saved[name], "cpu")
+        for gpu, state in zip(range(torch.cuda.device_count()), saved["cuda"], strict=False):
+            _check_generator(f"cuda of {where}", state, f"cuda:{gpu}")
+
+
+def _check_arguments(
+    model: nn.Module, batches: Batches, evaluate: Callable | None, stop_at: float, name: str
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {_kind(model)}, expected a torch.nn.Module")
+    if not model.training:
+        raise ValueError("model is in evaluation mode, expected training mode: call model.train()")
+    if not callable(batches):
+        raise TypeError(f"batches is {_kind(batches)}, expected a function")
+    if not (evaluate is None or callable(evaluate)):
+        raise TypeError(f"evaluate is {_kind(evaluate)}, expected a function or None")
+    if stop_at != math.inf:
+        check_number("stop_at", stop_at)
+    if not isinstance(name, str):
+        raise TypeError(f"name is {_kind(name)}, expected a string")
+
+
+def _copy(value: object, room: object) -> object:
+    """A copy of a state, written over an earlier copy where that has the same form."""
+    if isinstance(value, dict):
+        room = room if isinstance(room, dict) else {}
+        return {key: _copy(part, room.get(key)) for key, part in value.items()}
+    if isinstance(value, Tensor):
+        fits = isinstance(room, Tensor) and room.shape == value.shape and room.dtype == value.dtype
+        return room.copy_(value) if fits else value.clone()
+    return copy.deepcopy(value)
+
+
+def _pair(batch: object) -> tuple[Tensor, Tensor]:
+    fits = isinstance(batch, (tuple, list)) and len(batch) == 2
+    if not (fits and all(isinstance(part, Tensor) for part in batch)):
+        given = ", ".join(map(_kind, batch)) if fits else _kind(batch)
+        raise TypeError(f"batches returned {given}, expected two tensors: inputs and targets")
+    return batch[0], batch[1]
+
+
+def _targets(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Check kinds and shapes; return the targets as int64, which are scored, and which no class."""
+    if not (isinstance(logits, Tensor) and logits.is_floating_point()):
+        raise TypeError(f"model returned {_kind(logits)}, expected logits in floating point")
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        given = tuple(logits.shape)
+        raise ValueError(f"model returned logits of shape {given}, expected (..., classes)")
+    integer = not (targets.is_floating_point() or targets.is_complex())
+    if not integer or targets.dtype == torch.bool:
+        raise TypeError(f"targets have dtype {targets.dtype}, expected whole numbers, as int64")
+    if targets.shape != logits.shape[:-1]:
+        given, needed = tuple(targets.shape), tuple(logits.shape[:-1])
+        raise ValueError(f"targets have shape {given}, expected that of the logits, {needed}")
+    targets = targets.long()
+    scored = targets != IGNORE
+    return targets, scored, scored & ((targets < 0) | (targets >= logits.shape[-1]))
+
+
+def _wrong_targets(logits: Tensor, targets: Tensor, outside: Tensor) -> ValueError:
+    if outside.any():
+        given = targets[outside][0].item()
+        needed = f"expected classes 0 to {logits.shape[-1] - 1}, or {IGNORE} for no score"
+        return ValueError(f"targets hold {given}, {needed}")
+    given = tuple(targets.shape)
+    return ValueError(f"targets of shape {given} are all {IGNORE}, expected some that are scored")
+
+
+def _number(score: object) -> float:
+    try:
+        return float(score)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"evaluate returned {_kind(score)}, expected a number") from None
+
+
+def _kind(value: object) -> str:
+    """What a value is, in words: two states that fit have the same kinds everywhere."""
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}"
+    return "a dict" if isinstance(value, dict) else f"a {type(value).__name__}"
+
+
+def _check_kind(where: str, given: object, needed: object) -> None:
+    if _kind(given) != _kind(needed):
+        raise ValueError(f"{where} is {_kind(given)}, expected {_kind(needed)}")
+
+
+def _check_keys(where: str, given: object, needed: dict) -> None:
+    _check_kind(where, given, needed)
+    for key, other in zip_longest(map(repr, given), map(repr, needed), fillvalue="nothing"):
+        if key != other:
+            raise ValueError(f"{where} has {key} where {other} is expected")
+
+
+def _check_alike(where: str, given: object, needed: object) -> None:
+    """Raise ValueError unless one state has the keys, types, dtypes and shapes of the other.
+
+    A list may have any length; the first item needed stands for all.
+    """
+    _check_kind(where, given, needed)
+    if isinstance(needed, dict):
+        _check_keys(where, given, needed)
+        pairs = [(key, given[key], needed[key]) for key in needed]
+    elif isinstance(needed, tuple):
+        pairs = zip(range(len(needed)), given, needed, strict=True)
+    elif isinstance(needed, list) and needed:
+        pairs = [(place, item, needed[0]) for place, item in enumerate(given)]
+    else:
+        pairs = []
+    for name, part, other in pairs:
+        _check_alike(f"{name} of {where}", part, other)
+
+
+def _check_generator(where: str, state: Tensor, device: str) -> None:
+    """Raise ValueError unless a generator takes the state."""
+    try:
+        torch.Generator(device).set_state(state)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{where} is no state of a generator: {error}") from error
 
 
 def _one_cycle(steps: int) -> Callable[[int], float]:
@@ -232,11 +502,70 @@ def _reached(record: Record, stop_at: float) -> bool:
     return bool(record.scores) and record.scores[-1][1] >= stop_at
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
+def _place(name: str, path: str | Path) -> Path:
+    """Return the whole path of a file, links followed, or raise ValueError if none can be there."""
+    path = Path(path).resolve()
+    if not path.parent.is_dir():
+        raise ValueError(f"{name} is {path}, expected a file in a folder that exists")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{name} is {path}, expected a file, not a folder or a device")
+    return path
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep other runs from a file. The lock ends with its process, however that ends."""
+    lock = path.with_name(path.name + ".lock")
+    with lock.open("a") as file:
+        if not _locked(file):
+            raise ValueError(f"checkpoint {path} is in use by another run, expected one at a time")
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows does not remove an open file
+                lock.unlink()
+
+
+def _locked(file: TextIO) -> bool:
+    """Lock a file until it is closed; return whether no other process has locked it."""
+    try:
+        if os.name == "nt":
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return True  # a file system without locks: network disks of clusters are used so
+    try:  # a run that ends removes the file, perhaps after it was opened here
+        return os.path.samestat(os.fstat(file.fileno()), Path(file.name).stat())
+    except FileNotFoundError:
+        return False
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
     """Write a file in one piece: whoever reads it finds the old one or the new one, whole."""
     draft = path.with_name(path.name + ".part")
-    write(draft)
-    draft.replace(path)
+    try:
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk is reported without a name
+        raise
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _without_nan(value: object) -> object:
+    """The same, with None for each number that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _bar_settings() -> dict:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from mamba_tutorial import benchmark_gpu
 from mamba_tutorial.kernels import cpu
 from mamba_tutorial.mamba import MambaConfig, MambaLM, StepGraph
+from mamba_tutorial.ops import OPERATORS
 from mamba_tutorial.scan import linear_scan
 from mamba_tutorial.selective import selective_scan, selective_step
 
@@ -61,8 +62,8 @@ def test_exp_and_exprel_to_float32_rounding():
 
 def test_exp_at_its_ends_and_at_nan():
     low, high, nan = apply(np.array([-1e30, 1e30, np.nan], np.float32))[0]
-    assert 0 < low < 2e-38
-    assert 1e38 < high < np.inf
+    assert low == 0
+    assert high == np.inf
     assert np.isnan(nan)
 
 
@@ -460,9 +461,7 @@ def test_scan_kernel_says_what_it_cannot_do():
     [(1, 1, 1, 4), (2, 37, 9, 4), (1, 300, 3, 2), (1, 5, 3, 1)],
 )
 def test_convolution_kernels_are_conv1d_and_silu(batch, length, channels, width, bias):
-    conv, decode = (
-        importlib.import_module(f"mamba_tutorial.kernels.{name}") for name in ("conv", "decode")
-    )
+    convolve, convolve_token = OPERATORS["causal_conv"], OPERATORS["causal_conv_step"]
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -482,12 +481,12 @@ def test_convolution_kernels_are_conv1d_and_silu(batch, length, channels, width,
             window = torch.cat([before.double(), x], 1).mT
             y = F.silu(F.conv1d(window, weight[:, None], *rest, groups=channels).mT)
         else:
-            y = conv.causal_conv(x, before, weight, *rest, *[None] * (1 - bias))
+            y = convolve(x, before, weight, *rest, *[None] * (1 - bias))
         found.append([y, *torch.autograd.grad(y, leaves, upstream.to(y.dtype))])
     for value, exact in zip(*found, strict=True):
         assert (value - exact).abs().max() / exact.abs().max() < 2e-6
     with torch.no_grad():
-        y, after = decode.conv_step(x.float()[:, 0], before, *given[1:], *[None] * (1 - bias))
+        y, after = convolve_token(x.float()[:, 0], before, *given[1:], *[None] * (1 - bias))
     torch.testing.assert_close(y, found[0][0][:, 0])
     assert torch.equal(after, torch.cat([before, given[0]], 1)[:, 1:width])
 

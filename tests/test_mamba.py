@@ -42,7 +42,7 @@ def test_block_is_its_formula():
     taps = block.conv1d.weight[:, 0]
     x = F.silu(sum(padded[:, k : k + 9] * taps[:, k] for k in range(4)) + block.conv1d.bias)
     dt, B, C = (x @ block.ssm.x_proj.weight.T).split([1, 4, 4], dim=-1)
-    dt = F.softplus(dt @ block.ssm.dt_proj.weight.T + block.ssm.dt_proj.bias)
+    dt = F.softplus(dt @ block.ssm.dt_proj.weight.T + block.ssm.dt_bias)
     A = -block.ssm.A_log.exp()
     y = selective_scan(x, dt, A, B, C, backend="sequential") + block.ssm.D * x
     expected = (y * z * torch.sigmoid(z)) @ block.out_proj.weight.T
@@ -163,7 +163,13 @@ def test_what_decays():
     decaying, others = (group["params"] for group in parameter_groups(lm, 0.1))
     names = {id(parameter): name for name, parameter in lm.named_parameters()}
     spared = {names[id(parameter)].split(".")[-2:][-1] for parameter in others}
-    assert spared == {"A_log", "D", "bias", "weight"}  # the weights are those of the norms
+    assert spared == {
+        "A_log",
+        "D",
+        "bias",
+        "dt_bias",
+        "weight",
+    }  # the weights are those of the norms
     assert {names[id(p)] for p in others if names[id(p)].endswith("weight")} == {
         "norm_f.weight",
         "layers.0.norm.weight",
@@ -269,7 +275,7 @@ def test_sampling_follows_the_probabilities():
         (
             torch.zeros(2, 3),
             TypeError,
-            "ids is a torch.float32, expected a tensor of whole numbers",
+            "ids has dtype torch.float32, expected whole numbers",
         ),
         ([1, 2], TypeError, "ids is a list"),
         (torch.zeros(1, 2, 3, dtype=torch.int64), ValueError, r"ids has shape \(1, 2, 3\)"),
@@ -288,7 +294,7 @@ def test_bad_ids_are_named(ids, error, message):
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"top_k": 0}, "top_k is 0"),
-        ({"top_p": 0.0}, r"top_p is 0.0, expected 0 < top_p ≤ 1"),
+        ({"top_p": 0.0}, r"top_p is 0.0, expected a finite number > 0 and ≤ 1"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     ],
 )
@@ -300,8 +306,12 @@ def test_bad_sampling_is_named(options, message):
 @pytest.mark.usefixtures("as_a_user")
 def test_a_state_of_something_else_is_named():
     lm = model()
-    for state in (lm.initial_state(3), lm.initial_state(2)[:1], model(d_state=5).initial_state(2)):
-        with pytest.raises(ValueError, match=r"state has \d blocks of shapes .*, for a batch of 2"):
+    for state, message in (
+        (lm.initial_state(3), r"state.conv has shape \(3, 3, 24\), expected \(2, 3, 24\)"),
+        (lm.initial_state(2)[:1], "state has 1 blocks, expected 2"),
+        (model(d_state=5).initial_state(2), r"state.h has shape .* expected \(2, 24, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
             lm.step(torch.tensor([1, 2]), state)
 
 

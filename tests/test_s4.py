@@ -192,7 +192,7 @@ def test_sequence_model():
         ),
         (lambda: S4D(4, 8, -torch.ones(3) + 0j), ValueError, r"init has shape \(3,\), expected"),
         (lambda: S4D(4, 8)(torch.ones(2, 5, 3)), ValueError, r"x has shape \(2, 5, 3\), expected"),
-        (lambda: S4D(4, 8).initial_state(0), ValueError, "batch is 0, expected at least 1"),
+        (lambda: S4D(4, 8).initial_state(-1), ValueError, "batch is -1, expected at least 0"),
         (
             lambda: S4D(4, 8).step(torch.ones(2, 4), torch.zeros(3, 4, 4) + 0j),
             ValueError,

@@ -224,7 +224,11 @@ class TestBadInput:
             (lambda s: StateSpace(s.A, s.C, s.C), ValueError, r"B has shape \(1, 2\), expected"),
             (lambda s: StateSpace(s.A, s.B, s.B), ValueError, r"C has shape \(2, 1\), expected"),
             (lambda s: StateSpace(s.A, s.B, s.C, s.A), ValueError, r"D has shape \(2, 2\), exp"),
-            (lambda s: StateSpace(s.A[None], s.B, s.C), ValueError, "A has shape .* two axes"),
+            (
+                lambda s: StateSpace(s.A[None], s.B, s.C),
+                ValueError,
+                "A has shape .*, expected \\(state, state\\)",
+            ),
             (lambda s: StateSpace(s.A.int(), s.B, s.C), TypeError, "A has dtype torch.int32"),
             (lambda s: StateSpace(s.A, s.B.double(), s.C), TypeError, "B has dtype torch.float64"),
             (lambda s: StateSpace(s.A, s.B, s.C / 0), ValueError, "C holds inf"),

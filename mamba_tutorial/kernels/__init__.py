@@ -10,10 +10,3 @@
 Where there is no GPU, Triton's kernels run in its interpreter: slowly, and with the same results.
 Gluon has none.
 """
-
-import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined

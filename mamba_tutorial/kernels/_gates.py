@@ -1,8 +1,6 @@
 """Softplus and the logistic function as the kernels compute them, in Triton and in Gluon."""
 
-import triton
-import triton.language as tl
-from triton.experimental import gluon
+from mamba_tutorial.kernels._triton import tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)  # the GPU has a unit for 2^x; e^x = 2^(x log₂ e)
 
@@ -37,5 +35,10 @@ def _sigmoid(x):
     return tl.where(x >= 0, r, u * r)
 
 
-softplus, sigmoid = triton.jit(_softplus), triton.jit(_sigmoid)
-gluon_softplus, gluon_sigmoid = gluon.jit(_softplus), gluon.jit(_sigmoid)
+def _carry(h, exponent):
+    """2^exponent h in two halves, for 2^exponent alone may be too large for a number."""
+    half = tl.exp2(exponent * 0.5)
+    return tl.where(h == 0, 0.0, half * (half * h))
+
+
+softplus, sigmoid, carry = triton.jit(_softplus), triton.jit(_sigmoid), triton.jit(_carry)

@@ -9,13 +9,10 @@ a GPU hold both to the definition.
 from types import FunctionType
 
 import torch
-import triton
 from torch import Tensor
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from mamba_tutorial.kernels import _gates
+from mamba_tutorial.kernels._triton import async_copy, gl, gluon, triton
 
 
 def in_gluon(*functions: triton.JITFunction) -> list[triton.JITFunction]:
@@ -32,7 +29,7 @@ def in_gluon(*functions: triton.JITFunction) -> list[triton.JITFunction]:
     return [scope[function.__name__] for function in plain]
 
 
-softplus, sigmoid = in_gluon(_gates.softplus, _gates.sigmoid)
+softplus, sigmoid, carry = in_gluon(_gates.softplus, _gates.sigmoid, _gates.carry)
 
 
 def runs_on(*tensors: Tensor | None) -> bool:
@@ -40,15 +37,19 @@ def runs_on(*tensors: Tensor | None) -> bool:
 
     Neighbours along the last axis must be neighbours in memory.
     """
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device) < (8, 0):
-            return False
-        starts = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
-        if any(start % 16 for start in (tensor.data_ptr(), *starts)):
-            return False
-    return True
+    given = [tensor for tensor in tensors if tensor is not None]
+    return all(
+        tensor.is_cuda
+        and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+        and aligned(tensor)
+        for tensor in given
+    )
+
+
+def aligned(tensor: Tensor) -> bool:
+    """Say whether all rows along the last axis start at multiples of 16 bytes."""
+    starts = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
+    return not any(start % 16 for start in (tensor.data_ptr(), *starts))
 
 
 @gluon.jit

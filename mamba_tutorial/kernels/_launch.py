@@ -3,15 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-
-if not torch.cuda.is_available() and isinstance(tl.sum, triton.JITFunction):
-    raise ImportError(
-        "there is no GPU, and Triton was imported before its interpreter could be asked for; set "
-        "TRITON_INTERPRET=1, or import mamba_tutorial.kernels before triton"
-    )
 
 
 def on(tensor: Tensor) -> AbstractContextManager:

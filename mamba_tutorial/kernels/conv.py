@@ -13,12 +13,11 @@ added up afterwards, so that two runs give the same bits. Then every token of x 
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mamba_tutorial.kernels._gates import sigmoid
 from mamba_tutorial.kernels._launch import on
+from mamba_tutorial.kernels._triton import tl, triton
 
 BLOCK_T, BLOCK_C = 32, 64
 # Of a program that sums: one warp, whose threads hold all tokens of eight channels each, so that
@@ -26,56 +25,49 @@ BLOCK_T, BLOCK_C = 32, 64
 SUM_T, SUM_C, TOKENS = 4, 256, 128
 
 
-class CausalConv(torch.autograd.Function):
-    """y = CausalConv.apply(x, before, weight, bias), with silu.
+def causal_conv(x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return silu of the convolution of every channel.
 
     x: (batch, length, channels), of float16, bfloat16 or float32; before: (batch, width − 1,
     channels), the tokens before the first; weight: (channels, width); bias: (channels,) or None.
-    There is no gradient for `before`.
     """
-
-    @staticmethod
-    def forward(ctx, x, before, weight, bias):
-        x = x if x.stride(-1) == 1 else x.contiguous()
-        before, weight = before.contiguous(), weight.contiguous()
-        batch, length, channels = x.shape
-        y = x.new_empty(x.shape)
-        grid = triton.cdiv(length, BLOCK_T), triton.cdiv(channels, BLOCK_C), batch
-        with on(x):
-            _convolve[grid](
-                x, before, weight, bias, y, length, channels, *x.stride()[:2],
-                WIDTH=weight.shape[1], BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=4,
-            )  # fmt: skip
-        ctx.save_for_backward(x, before, weight, bias)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        x, before, weight, bias = ctx.saved_tensors
-        batch, length, channels = x.shape
-        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        parts, width = triton.cdiv(length, TOKENS), weight.shape[1]
-        upstream, dx = x.new_empty(x.shape), x.new_empty(x.shape)
-        sums = x.new_empty(batch * parts, width + 1, channels, dtype=torch.float32)
-        with on(x):
-            _upstream[(parts, triton.cdiv(channels, SUM_C), batch)](
-                x, before, weight, bias, dy, upstream, sums, length, channels,
-                *x.stride()[:2], *dy.stride()[:2],
-                TOKENS=TOKENS, WIDTH=width, BLOCK_T=SUM_T, BLOCK_C=SUM_C, num_warps=1,
-            )  # fmt: skip
-            _gather[(triton.cdiv(length, BLOCK_T), triton.cdiv(channels, BLOCK_C), batch)](
-                upstream, weight, dx, length, channels,
-                WIDTH=width, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=4,
-            )  # fmt: skip
-        sums = sums.sum(0)
-        dbias = None if bias is None else sums[width].to(bias.dtype)
-        return dx, None, sums[:width].T.to(weight.dtype), dbias
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    before, weight = before.contiguous(), weight.contiguous()
+    batch, length, channels = x.shape
+    y = x.new_empty(x.shape)
+    grid = triton.cdiv(length, BLOCK_T), triton.cdiv(channels, BLOCK_C), batch
+    with on(x):
+        _convolve[grid](
+            x, before, weight, bias, y, length, channels, *x.stride()[:2],
+            WIDTH=weight.shape[1], BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=4,
+        )  # fmt: skip
+    return y
 
 
-def causal_conv(x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Apply `CausalConv`."""
-    return CausalConv.apply(x, before, weight, bias)
+def gradients(
+    dy: Tensor, x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of x, and those of the weight and of the bias, (width + 1, channels).
+
+    There is none for `before`.
+    """
+    batch, length, channels = x.shape
+    x, dy = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (x, dy))
+    before, weight = before.contiguous(), weight.contiguous()
+    parts, width = triton.cdiv(length, TOKENS), weight.shape[1]
+    upstream, dx = x.new_empty(x.shape), x.new_empty(x.shape)
+    sums = x.new_empty(batch * parts, width + 1, channels, dtype=torch.float32)
+    with on(x):
+        _upstream[(parts, triton.cdiv(channels, SUM_C), batch)](
+            x, before, weight, bias, dy, upstream, sums, length, channels,
+            *x.stride()[:2], *dy.stride()[:2],
+            TOKENS=TOKENS, WIDTH=width, BLOCK_T=SUM_T, BLOCK_C=SUM_C, num_warps=1,
+        )  # fmt: skip
+        _gather[(triton.cdiv(length, BLOCK_T), triton.cdiv(channels, BLOCK_C), batch)](
+            upstream, weight, dx, length, channels,
+            WIDTH=width, BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, num_warps=4,
+        )  # fmt: skip
+    return dx, sums.sum(0)
 
 
 @triton.jit

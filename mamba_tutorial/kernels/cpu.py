@@ -11,6 +11,8 @@ last of these, computes the states of its chunk once more, and goes back through
 The threads are plain Python threads, for the compiled loops do not hold the interpreter's lock.
 """
 
+import itertools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -26,44 +28,51 @@ f32 = np.float32
 
 # Sums over the states may be reordered into vectors. NaN and infinity keep their meaning.
 FAST = {"contract", "nsz", "reassoc", "arcp"}
-LOOP = {"nogil": True, "fastmath": FAST, "error_model": "numpy", "cache": True}
+LOOP = {"nogil": True, "fastmath": FAST, "error_model": "numpy"}
 PIECE = {"inline": "always", "fastmath": FAST}
 
 
-class SelectiveScan(torch.autograd.Function):
-    """y, h_last = SelectiveScan.apply(x, dt, A, B, C, h0, exact), all float32 on the CPU.
+def forward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor, exact: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, the last state, and the states before every CHUNK tokens. All float32 on the CPU.
 
-    x, dt: (batch, length, d_inner); A: (d_inner, d_state); B, C: (batch, length, d_state); h0:
-    (batch, d_inner, d_state). `exact` asks for the zero-order hold of B. dt must not be negative.
+    x, dt: (batch, length, d_inner); A: (d_inner, d_state); B, C: (batch, length, d_state); h0 and
+    the last state: (batch, d_inner, d_state); the others (batch, chunks, d_inner, d_state). `exact`
+    asks for the zero-order hold of B. dt must not be negative.
     """
+    inputs = [tensor.contiguous() for tensor in (x, dt, A, B, C, h0)]
+    batch, length, d_inner = x.shape
+    starts = x.new_empty(batch, -(-length // CHUNK), d_inner, A.shape[1])
+    y, h_last = x.new_empty(x.shape), h0.new_empty(h0.shape)
+    _run(_forward, batch * -(-d_inner // BLOCK), *inputs, exact, y, starts, h_last)
+    return y, h_last, starts
 
-    @staticmethod
-    def forward(ctx, x, dt, A, B, C, h0, exact):
-        x, dt, A, B, C, h0 = inputs = [tensor.contiguous() for tensor in (x, dt, A, B, C, h0)]
-        batch, length, d_inner = x.shape
-        starts = x.new_empty(batch, -(-length // CHUNK), d_inner, A.shape[1])
-        y, h_last = torch.empty_like(x), torch.empty_like(h0)
-        programs = batch * -(-d_inner // BLOCK)
-        _run(_forward, programs, *inputs, exact, y, starts, h_last)
-        ctx.save_for_backward(x, dt, A, B, C, starts)
-        ctx.exact = exact
-        return y, h_last
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dh_last):
-        x, dt, A, B, C, starts = ctx.saved_tensors
-        batch, length, d_inner = x.shape
-        blocks, d_state = -(-d_inner // BLOCK), A.shape[1]
-        dx, ddt, dh0 = torch.empty_like(x), torch.empty_like(x), torch.empty_like(starts[:, 0])
-        # Each block of channels and each sequence adds up its own part; no two threads write to
-        # one place, so the result does not depend on who comes first.
-        dA = x.new_zeros(batch, d_inner, d_state)
-        dB, dC = x.new_zeros(2, blocks, batch, length, d_state).unbind(0)
-        given = dy.contiguous(), dh_last.contiguous()
-        results = dx, ddt, dA, dB, dC, dh0
-        _run(_backward, batch * blocks, x, dt, A, B, C, ctx.exact, starts, *given, *results)
-        return dx, ddt, dA.sum(0), dB.sum(0), dC.sum(0), dh0, None
+def backward(
+    dy: Tensor,
+    dh_last: Tensor,
+    starts: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    exact: bool,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of x, dt, A, B, C and h0, from those of y and of the last state."""
+    given = [tensor.contiguous() for tensor in (x, dt, A, B, C)]
+    batch, length, d_inner = x.shape
+    blocks, d_state = -(-d_inner // BLOCK), A.shape[1]
+    dx, ddt, dh0 = (x.new_empty(like.shape) for like in (x, x, dh_last))
+    # Each block of channels and each sequence adds up its own part; no two threads write to
+    # one place, so the result does not depend on who comes first.
+    dA = x.new_zeros(batch, d_inner, d_state)
+    dB, dC = x.new_zeros(2, blocks, batch, length, d_state).unbind(0)
+    upstream = dy.contiguous(), dh_last.contiguous()
+    results = dx, ddt, dA, dB, dC, dh0
+    _run(_backward, batch * blocks, *given, exact, starts, *upstream, *results)
+    return dx, ddt, dA.sum(0), dB.sum(0), dC.sum(0), dh0
 
 
 def _run(kernel: Callable, programs: int, *arguments: Tensor | bool) -> None:
@@ -72,16 +81,37 @@ def _run(kernel: Callable, programs: int, *arguments: Tensor | bool) -> None:
     threads = min(torch.get_num_threads(), programs)
     if threads == 1:
         kernel(0, programs, *arrays)
-    else:  # one program at a time, so that a thread that is held up does less
-        list(_pool(threads).map(lambda p: kernel(p, p + 1, *arrays), range(programs)))
+        return
+    numbers = itertools.count()  # of programs: a thread that is held up takes fewer
+
+    def work() -> None:
+        while (program := next(numbers)) < programs:
+            kernel(program, program + 1, *arrays)
+
+    for thread in [_pool().submit(work) for _ in range(threads)]:
+        thread.result()
 
 
 @cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="selective_scan")
+def _pool() -> ThreadPoolExecutor:
+    """The threads of all calls: it starts one when there is work and none is idle."""
+    return ThreadPoolExecutor(MOST_THREADS, thread_name_prefix="selective_scan")
 
 
-@njit(**LOOP)
+MOST_THREADS = 1024
+if hasattr(os, "register_at_fork"):  # a forked process has none of the threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def _compiled(function: Callable) -> Callable:
+    """Compile, and keep the result on disk for the next process where that is possible."""
+    try:
+        return njit(cache=True, **LOOP)(function)
+    except RuntimeError:  # nowhere to write: a package that is read-only and a user without a home
+        return njit(**LOOP)(function)
+
+
+@_compiled
 def _forward(begin, end, x, dt, A, B, C, h0, exact, y, starts, h_last):
     _, length, d_inner = x.shape
     d_state = A.shape[1]
@@ -105,7 +135,7 @@ def _forward(begin, end, x, dt, A, B, C, h0, exact, y, starts, h_last):
         h_last[b, first:last] = h
 
 
-@njit(**LOOP)
+@_compiled
 def _backward(begin, end, x, dt, A, B, C, exact, starts, dy, dh_last, dx, ddt, dA, dB, dC, dh0):
     _, length, d_inner = x.shape
     d_state = A.shape[1]
@@ -157,17 +187,24 @@ def _backward(begin, end, x, dt, A, B, C, exact, starts, dy, dh_last, dx, ddt, d
 
 @njit(**PIECE)
 def _exp(z):
-    """e^z = 2^k e^r with k whole and |r| ≤ ½ ln 2; below e^−87 and above e^88 it stays there.
+    """e^z = 2^k e^r with k whole and |r| ≤ ½ ln 2; 0 below e^−104 and ∞ above e^89, as it rounds.
 
-    e^r by its Taylor polynomial to r⁷; the remainder is below 6e-9 of the value.
+    e^r by its Taylor polynomial to r⁷; the remainder is below 6e-9 of the value. 2^k in two parts:
+    for the smallest and the largest results it is no number itself.
     """
-    z = f32(-87) if z < f32(-87) else (f32(88) if z > f32(88) else z)
+    z = f32(-104) if z < f32(-104) else (f32(89) if z > f32(89) else z)
     k = np.floor(z * f32(1.44269504) + f32(0.5))
     r = (z - k * f32(0.693359375)) + k * f32(2.12194440e-4)  # k ln 2 in two parts, the first exact
     p = f32(1 / 720) + r * f32(1 / 5040)
     p = f32(1 / 24) + r * (f32(1 / 120) + r * p)
     p = f32(1) + r * (f32(1) + r * (f32(1 / 2) + r * (f32(1 / 6) + r * p)))
-    return p * np.int32((np.int32(k) + np.int32(127)) << np.int32(23)).view(f32)
+    half = np.int32(k) >> np.int32(1)
+    return p * _power_of_two(half) * _power_of_two(np.int32(k) - half)
+
+
+@njit(**PIECE)
+def _power_of_two(k):
+    return np.int32((np.int32(k) + np.int32(127)) << np.int32(23)).view(f32)
 
 
 @njit(**PIECE)

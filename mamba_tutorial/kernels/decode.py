@@ -14,13 +14,11 @@ GPU can start a kernel while the one before it ends, if the kernel waits for tha
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mamba_tutorial.kernels._gates import LOG2E, sigmoid, softplus
 from mamba_tutorial.kernels._launch import early, on
+from mamba_tutorial.kernels._triton import gdc_launch_dependents, gdc_wait, tl, triton
 
 BLOCK_D = 128
 

@@ -4,11 +4,10 @@ Each function checks nothing and takes contiguous float32 tensors on one device.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mamba_tutorial.kernels._launch import on
+from mamba_tutorial.kernels._triton import tl, triton
 
 
 def step(a: Tensor, h: Tensor, b: Tensor, block: int = 128) -> Tensor:

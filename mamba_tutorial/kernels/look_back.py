@@ -8,8 +8,7 @@ the highest level the state itself is handed on. What is joined, and in which or
 place of a tile alone and never on who was first, so two runs give the same bits.
 """
 
-import triton
-import triton.language as tl
+from mamba_tutorial.kernels._triton import tl, triton
 
 # Words are written with all bits flipped, so that memory full of zeros, which is the quickest to
 # get, stands for a step that no arithmetic makes.

@@ -21,13 +21,12 @@ The backward pass is the recurrence in reverse, with the decays shifted by one t
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mamba_tutorial.kernels import scan_staged as staged
 from mamba_tutorial.kernels._gluon import runs_on
 from mamba_tutorial.kernels._launch import multiprocessors, on
+from mamba_tutorial.kernels._triton import tl, triton
 from mamba_tutorial.kernels.look_back import join, look_back, pick
 
 # For numbers of 4 bytes and of 2, by measurement: staged on an H100, the others on an H200.
@@ -38,29 +37,23 @@ STAGED_TILE = 128, 32  # of `scan_staged.scan_tile`, for numbers of 4 bytes and 
 GROUP, LEVELS = 4, 3  # tiles of a group, and levels of groups
 
 
-class LinearScan(torch.autograd.Function):
-    """h = LinearScan.apply(a, b, h0, reverse): all states, in the dtype of b.
+def states(a: Tensor, b: Tensor, h0: Tensor, reverse: bool) -> Tensor:
+    """Return all states, in the dtype of b.
 
     a, b: (batch, length, channels), contiguous, of float16, bfloat16 or float32; h0: (batch,
     channels), the state before the first token, or after the last if reversed. The state is float32
     inside.
     """
+    return _run(a, b, h0, None, reverse)[0]
 
-    @staticmethod
-    def forward(ctx, a, b, h0, reverse):
-        h, _ = _run(a, b, h0, None, reverse)
-        ctx.save_for_backward(a, h, h0)
-        ctx.reverse = reverse
-        return h
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        a, h, h0 = ctx.saved_tensors
-        g, da = _run(a, gradient.contiguous(), h0, h, not ctx.reverse)
-        first = -1 if ctx.reverse else 0
-        dh0 = a[:, first].float() * g[:, first].float()
-        return da, g.to(h.dtype), dh0.to(h0.dtype), None
+def gradients(
+    d: Tensor, a: Tensor, h: Tensor, h0: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of a, b and h0 from those of the states h, d; shaped like these."""
+    g, da = _run(a, d, h0, h, not reverse)
+    first = -1 if reverse else 0
+    return da, g, (a[:, first].float() * g[:, first].float()).to(h0.dtype)
 
 
 def _run(a: Tensor, b: Tensor, h0: Tensor, h: Tensor | None, reverse: bool):
@@ -70,11 +63,15 @@ def _run(a: Tensor, b: Tensor, h0: Tensor, h: Tensor | None, reverse: bool):
     blocks = batch * triton.cdiv(channels, TILES[b.element_size()][1])
     run = _run_tiles if 2 * blocks < 3 * multiprocessors(b) else _run_rows
     with on(b):
-        run(a, b, h0, h, out, da, reverse)
+        overflow = run(a, b, h0, h, out, da, reverse)
+        if overflow is not None:
+            _repair[(batch * triton.cdiv(channels, 32),)](
+                a, b, h0, h, out, da, overflow, *b.shape[1:], REVERSE=reverse, num_warps=1
+            )
     return out, da
 
 
-def _run_rows(a, b, h0, h, out, da, reverse: bool) -> None:
+def _run_rows(a, b, h0, h, out, da, reverse: bool) -> Tensor | None:
     batch, length, channels = b.shape
     given = a, b, h0, h, out, da, length, channels
     if runs_on(a, b, h):
@@ -82,31 +79,74 @@ def _run_rows(a, b, h0, h, out, da, reverse: bool) -> None:
         staged.scan[(batch * triton.cdiv(channels, 32 * width * warps),)](
             *given, WIDTH=width, TILE=tile, STAGES=stages, REVERSE=reverse, num_warps=warps
         )
-    else:
-        tile, block, warps, stages = ROWS[b.element_size()]
-        _scan[(batch * triton.cdiv(channels, block),)](
-            *given, TILE=tile, BLOCK_C=block, STAGES=stages, REVERSE=reverse, num_warps=warps
-        )
+        return None  # step by step, as the definition: nothing to repair
+    tile, block, warps, stages = ROWS[b.element_size()]
+    overflow = torch.zeros(1, dtype=torch.int64, device=b.device)
+    _scan[(batch * triton.cdiv(channels, block),)](
+        *given, overflow, TILE=tile, BLOCK_C=block, STAGES=stages, REVERSE=reverse, num_warps=warps
+    )
+    return overflow
 
 
-def _run_tiles(a, b, h0, h, out, da, reverse: bool) -> None:
+def _run_tiles(a, b, h0, h, out, da, reverse: bool) -> Tensor:
     batch, length, channels = b.shape
     in_stages = runs_on(a, b, h)
     tile, block = STAGED_TILE if in_stages else TILES[b.element_size()]
     tiles = triton.cdiv(length, tile)
     slots = sum(triton.cdiv(tiles, GROUP**level) for level in range(LEVELS + 1))
-    words = torch.zeros(batch, slots, channels, dtype=torch.int64, device=b.device)
+    words = torch.zeros(batch * slots * channels + 1, dtype=torch.int64, device=b.device)
+    overflow = words[-1:]
     rows = batch * triton.cdiv(channels, block)
-    given = a, b, h0, h, out, da, words, length, tiles, rows, slots
+    given = a, b, h0, h, out, da, words, overflow, length, tiles, rows, slots
     (staged.scan_tile if in_stages else _scan_tile)[(tiles * rows,)](
         *given, CHANNELS=channels, TILE=tile, BLOCK_C=block, GROUP=GROUP, LEVELS=LEVELS,
         REVERSE=reverse, num_warps=1,
     )  # fmt: skip
+    return overflow
+
+
+@triton.jit
+def _note(overflow_ptr, h):
+    """Note that a state is no number, so that `_repair` looks after it."""
+    tl.store(overflow_ptr + tl.zeros(h.shape, tl.int32), 1, (tl.abs(h) < float("inf")) == 0)
+
+
+@triton.jit
+def _repair(
+    a_ptr, b_ptr, h0_ptr, h_ptr, out_ptr, da_ptr, overflow_ptr, length, channels,
+    REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Go through all tokens one by one, if a state was noted.
+
+    A product of decays may overflow where no state does, and ∞ · 0 is not a number. The recurrence
+    itself makes no such products.
+    """
+    if tl.load(overflow_ptr) == 0:
+        return
+    GRADIENT: tl.constexpr = h_ptr is not None
+    SIGN: tl.constexpr = -1 if REVERSE else 1
+    blocks, program = tl.cdiv(channels, 32), tl.program_id(0)
+    batch = (program // blocks).to(tl.int64)
+    c = program % blocks * 32 + tl.arange(0, 32)
+    real = c < channels
+    h0 = tl.load(h0_ptr + batch * channels + c, real, 0.0).to(tl.float32)
+    h = tl.zeros([32], tl.float32) if GRADIENT else h0
+    at = (batch * length + (length - 1 if REVERSE else 0)) * channels + c
+    for t in range(0, length):
+        known = real & (t > 0) if GRADIENT else real
+        a = tl.load(a_ptr + at - SIGN * GRADIENT * channels, known, 0.0).to(tl.float32)
+        h = a * h + tl.load(b_ptr + at, real, 0.0).to(tl.float32)
+        tl.store(out_ptr + at, h.to(out_ptr.dtype.element_ty), real)
+        if GRADIENT:
+            before = tl.load(h_ptr + at + SIGN * channels, real & (t < length - 1), 0.0)
+            da = h * tl.where(t < length - 1, before.to(tl.float32), h0)
+            tl.store(da_ptr + at, da.to(da_ptr.dtype.element_ty), real)
+        at += SIGN * channels
 
 
 @triton.jit
 def _scan(
-    a_ptr, b_ptr, h0_ptr, h_ptr, out_ptr, da_ptr, length, channels,
+    a_ptr, b_ptr, h0_ptr, h_ptr, out_ptr, da_ptr, length, channels, overflow_ptr,
     TILE: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """The states; or, given those of the scan in the other direction, the gradients of that scan.
@@ -151,11 +191,13 @@ def _scan(
         a_ptr += SIGN * TILE * channels
         b_ptr += SIGN * TILE * channels
         out_ptr += SIGN * TILE * channels
+    _note(overflow_ptr, h)
 
 
 @triton.jit
 def _scan_tile(
-    a_ptr, b_ptr, h0_ptr, h_ptr, out_ptr, da_ptr, words_ptr, length, tiles, rows, slots,
+    a_ptr, b_ptr, h0_ptr, h_ptr, out_ptr, da_ptr, words_ptr, overflow_ptr,
+    length, tiles, rows, slots,
     CHANNELS: tl.constexpr, TILE: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
     LEVELS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -196,6 +238,7 @@ def _scan_tile(
     a, b = a.to(tl.float32), b.to(tl.float32)
     _, states = tl.associative_scan((a, tl.where(t == 0, a * h + b, b)), 0, join)
     tl.store(out_ptr + token + at, states.to(out_ptr.dtype.element_ty), inside)
+    _note(overflow_ptr, pick(states, t == TILE - 1))
     if GRADIENT:
         da = (states * given).to(da_ptr.dtype.element_ty)
         tl.store(da_ptr + token + at, da, inside)

@@ -11,12 +11,9 @@ Also, what is on its way to shared memory needs no registers. So more can be on 
 which is all that counts for a kernel that hardly computes.
 """
 
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-
 from mamba_tutorial.kernels import look_back as plain
 from mamba_tutorial.kernels._gluon import fetch, in_gluon
+from mamba_tutorial.kernels._triton import async_copy, gl, gluon
 
 *_, look_back = in_gluon(plain.join, plain.publish, plain.pick, plain.await_steps, plain.look_back)
 
@@ -99,7 +96,8 @@ def scan(
 
 @gluon.jit
 def scan_tile(
-    a_ptr, b_ptr, h0_ptr, h_ptr, out_ptr, da_ptr, words_ptr, length, tiles, rows, slots,
+    a_ptr, b_ptr, h0_ptr, h_ptr, out_ptr, da_ptr, words_ptr, overflow_ptr,
+    length, tiles, rows, slots,
     CHANNELS: gl.constexpr, TILE: gl.constexpr, BLOCK_C: gl.constexpr, GROUP: gl.constexpr,
     LEVELS: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
@@ -156,3 +154,5 @@ def scan_tile(
             given = h_rows.index(k).load(OWN).to(gl.float32)
             da = h * gl.where(k == tokens - 1, h0, given)
             gl.store(da_ptr + corner + k * stride + c, da.to(da_ptr.dtype.element_ty), inside)
+    # for `scan._repair`; a state that is no number stays none to the end of the tile
+    gl.store(overflow_ptr + 0 * c, 1, real & ((gl.abs(h) < float("inf")) == 0))

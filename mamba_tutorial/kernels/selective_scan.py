@@ -36,15 +36,14 @@ copies of B and C, A turned, and sums, takes one kernel before and two after.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mamba_tutorial.kernels import selective_scan_backward as gluon_backward
 from mamba_tutorial.kernels import selective_scan_forward as gluon_forward
-from mamba_tutorial.kernels._gates import LOG2E, sigmoid, softplus
-from mamba_tutorial.kernels._gluon import runs_on
+from mamba_tutorial.kernels._gates import LOG2E, carry, sigmoid, softplus
+from mamba_tutorial.kernels._gluon import aligned
 from mamba_tutorial.kernels._launch import multiprocessors, on
+from mamba_tutorial.kernels._triton import tl, triton
 
 LANES = 32
 BACKWARD_D = 8  # channels of a program of `_backward`
@@ -52,44 +51,72 @@ RESIDENT = 8  # programs of `_forward` for each multiprocessor, where the length
 SECTION, LEAST = gluon_backward.SECTION, 3  # tokens of a section, sections of a chunk
 
 
-class SelectiveScan(torch.autograd.Function):
-    """y, h_last = SelectiveScan.apply(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact).
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    h0: Tensor | None,
+    dt_softplus: bool,
+    exact: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, the last state, and some of the states, if the backward pass will ask for them.
 
     x, dt, z: (batch, length, d_inner), of float16, bfloat16 or float32; A: (d_inner, d_state);
-    B, C: (batch, length, d_state); D, dt_bias: (d_inner,); h0: (batch, d_inner, d_state). D, z,
-    dt_bias and h0 may be None. `exact` asks for the zero-order hold of B. The state is float32.
+    B, C: (batch, length, d_state); D, dt_bias: (d_inner,); h0: (batch, d_inner, d_state). `exact`
+    asks for the zero-order hold of B. The state is float32.
     """
+    staged = _takes(gluon_forward, x, A.shape[1], exact)
+    x, dt, z = (_rows(tensor, staged) for tensor in (x, dt, z))
+    B, C = _rows(B, False), _rows(C, False)
+    D, dt_bias, h0 = (_float(tensor) for tensor in (D, dt_bias, h0))
+    A, B, C = _prepared(A, B, C)
+    every = spacing(x, A.shape[0], exact) if keep else None
+    return _run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, every)
 
-    @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact):
-        ctx.set_materialize_grads(False)
-        ctx.dtype = B.dtype if B.dtype == C.dtype else torch.float32
-        x, dt, z, B, C = (_rows(tensor) for tensor in (x, dt, z, B, C))
-        D, dt_bias, h0 = (_float(tensor) for tensor in (D, dt_bias, h0))
-        A, B, C = _prepared(A, B, C)
-        ctx.gluon = _takes(gluon_backward, x, dt, z, A, exact)
-        ctx.softplus, ctx.exact = dt_softplus, exact
-        every = None
-        if any(ctx.needs_input_grad):
-            every = SECTION if ctx.gluon else _tile(A.shape[0])
-        y, h_last, starts = _run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, every)
-        ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, h0, starts)
-        return y, h_last
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dh_last):
-        x, dt, A, B, C, D, z, dt_bias, h0, starts = ctx.saved_tensors
-        dy = torch.zeros_like(x) if dy is None else _rows(dy)
-        run = _run_gluon_backward if ctx.gluon else _run_backward
-        given = x, dt, A, B, C, D, z, dt_bias, starts, dy, _transposed(_float(dh_last))
-        dx, ddt, dz, shared, own, dh0 = run(*given, ctx.softplus, ctx.exact)
-        (dB, dC), own = _sums(shared, own, ctx.dtype)
-        n = A.shape[0]
-        dD = None if D is None else own[n]
-        dbias = None if dt_bias is None else own[n + 1]
-        dh0 = None if h0 is None else dh0.mT
-        return dx, ddt, own[:n].mT, dB, dC, dD, dz, dbias, dh0, None, None
+def spacing(x: Tensor, d_state: int, exact: bool) -> int:
+    """Return of how many tokens the backward pass needs one state."""
+    return SECTION if _takes(gluon_backward, x, d_state, exact) else _tile(d_state)
+
+
+def backward(
+    dy: Tensor | None,
+    dh_last: Tensor | None,
+    starts: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    exact: bool,
+) -> tuple[Tensor, ...]:
+    """Return the gradients, given those of y and of the last state.
+
+    Of x, of dt and of z, which is empty where there is no z; of B and C, one above the other; of A,
+    D and dt_bias, (d_state + 2, d_inner); and of h0.
+    """
+    dtype = B.dtype if B.dtype == C.dtype else torch.float32
+    staged = _takes(gluon_backward, x, A.shape[1], exact)
+    x, dt, z = (_rows(tensor, staged) for tensor in (x, dt, z))
+    B, C = _rows(B, False), _rows(C, False)
+    D, dt_bias = _float(D), _float(dt_bias)
+    A, B, C = _prepared(A, B, C)
+    dy = torch.zeros_like(x) if dy is None else _rows(dy, staged)
+    run = _run_gluon_backward if staged else _run_backward
+    given = x, dt, A, B, C, D, z, dt_bias, starts, dy, _transposed(_float(dh_last))
+    dx, ddt, dz, shared, own, dh0 = run(*given, dt_softplus, exact)
+    shared, own = _sums(shared, own, dtype)
+    return dx, ddt, x.new_empty(0) if z is None else dz, shared, own, dh0.mT
 
 
 def _prepared(A, B, C):
@@ -127,7 +154,7 @@ def _run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, every):
     """Forward; return y, the last state, and the state before every `every` tokens, if asked."""
     batch, length, d_inner = x.shape
     d_state, blocks = A.shape[0], triton.cdiv(d_inner, LANES)
-    in_gluon = every in {None, SECTION} and _takes(gluon_forward, x, dt, z, A, exact)
+    in_gluon = every in {None, SECTION} and _takes(gluon_forward, x, d_state, exact)
     enough = 1.5 if in_gluon else 3  # by measurement; Gluon gives a row of channels two warps
     chunk = _chunk(x, batch * blocks, length, enough, resident=RESIDENT)
     chunks = triton.cdiv(length, chunk)
@@ -197,8 +224,6 @@ def _run_backward(x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, dt_softplu
 def _run_gluon_backward(x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, dt_softplus, exact):
     batch, length, d_inner = x.shape
     d_state, groups = A.shape[0], d_inner // gluon_backward.CHANNELS
-    if not runs_on(dy):
-        dy = dy.contiguous()
     chunk = _chunk(x, batch * groups, length, enough=1, resident=2)
     chunks = triton.cdiv(length, chunk)
     # two groups of channels share a part of the sums for B and C, which they add to
@@ -250,10 +275,10 @@ def _config(d_state: int, dt_softplus: bool, exact: bool) -> dict:
     }
 
 
-def _takes(kernel, x, dt, z, A, exact: bool) -> bool:
-    """Say whether a kernel in Gluon, which is written for some sizes, can do this."""
-    whole = x.shape[-1] % kernel.CHANNELS == 0
-    return A.shape[0] == 16 and not exact and whole and runs_on(x, dt, z)
+def _takes(kernel, x: Tensor, d_state: int, exact: bool) -> bool:
+    """Say whether a kernel in Gluon, which is written for some sizes and chips, can do this."""
+    fits = d_state == 16 and x.shape[-1] % kernel.CHANNELS == 0 and not exact
+    return fits and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def _whole(sizes: tuple[int, int, int, int], config: dict) -> bool:
@@ -274,9 +299,14 @@ def _chunk(x: Tensor, rows: int, length: int, enough: float, resident: int) -> i
     return max(triton.cdiv(triton.cdiv(length, parts), SECTION), LEAST) * SECTION
 
 
-def _rows(tensor: Tensor | None) -> Tensor | None:
-    """Make neighbouring channels neighbours in memory; the rows may lie anywhere."""
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+def _rows(tensor: Tensor | None, staged: bool) -> Tensor | None:
+    """Make neighbouring channels neighbours in memory; the rows may lie anywhere.
+
+    If they are to be staged through shared memory, anywhere at multiples of 16 bytes.
+    """
+    if tensor is None or (tensor.stride(-1) == 1 and not (staged and not aligned(tensor))):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:
@@ -424,7 +454,7 @@ def _forward(
             for half in tl.static_range(HALVES):
                 slot = HALVES * (batch * (chunks - 1) + earlier) + half
                 span = tl.load(spans_ptr + slot * d_inner + d[None, None, :], real[:, None, :], 0.0)
-                h = tl.exp2(span * A2) * h + tl.load(ends_ptr + slot * size + at, square, 0.0)
+                h = carry(h, span * A2) + tl.load(ends_ptr + slot * size + at, square, 0.0)
     skip = tl.load(D_ptr + d[None, :], real, 0.0) if D_ptr is not None else 0.0
     bias = tl.load(bias_ptr + d[None, :], real, 0.0) if bias_ptr is not None else 0.0
     # Tokens are counted from the first of the chunk, so that offsets fit 32 bits.

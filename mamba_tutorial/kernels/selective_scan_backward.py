@@ -29,12 +29,9 @@ A section is a row of steps, forwards through all tiles but the last and backwar
 them. What a step needs is ordered STAGES − 1 steps before, also across the border of two sections.
 """
 
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-
 from mamba_tutorial.kernels._gates import LOG2E
-from mamba_tutorial.kernels._gluon import order, sigmoid, softplus, stack
+from mamba_tutorial.kernels._gluon import carry, order, sigmoid, softplus, stack
+from mamba_tutorial.kernels._triton import async_copy, gl, gluon
 
 CHANNELS = 64  # of a program
 SECTION = 64  # tokens between two states that the forward pass keeps
@@ -154,7 +151,7 @@ def backward(
             for half in gl.static_range(HALVES):
                 record = HALVES * (batch * (chunks - 1) + later) + half
                 span = _of_channels(gl.load(spans_ptr + record * d_inner + d))
-                G = gl.exp2(span * A2) * G + gl.load(ends_ptr + record * size + at)
+                G = carry(G, span * A2) + gl.load(ends_ptr + record * size + at)
     row = gl.arange(0, TILE, layout=gl.SliceLayout(1, PAIR))[:, None]
     col = group * W + gl.arange(0, W, layout=gl.SliceLayout(0, PAIR))
     skip, bias = gl.zeros([1, W], gl.float32, PAIR), gl.zeros([1, W], gl.float32, PAIR)

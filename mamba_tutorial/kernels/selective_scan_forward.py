@@ -15,12 +15,9 @@ A tile of TILE tokens takes three steps, with a barrier after each:
 3. y = Σ_n C h + D x, gated.
 """
 
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-
 from mamba_tutorial.kernels._gates import LOG2E
-from mamba_tutorial.kernels._gluon import order, sigmoid, softplus, stack
+from mamba_tutorial.kernels._gluon import carry, order, sigmoid, softplus, stack
+from mamba_tutorial.kernels._triton import async_copy, gl, gluon
 
 CHANNELS = 32  # of a program
 CONFIG = {"TILE": 16, "STAGES": 3, "num_warps": 2}
@@ -68,7 +65,7 @@ def forward(
         for earlier in range(part):
             for half in gl.static_range(HALVES):
                 record = HALVES * (batch * (chunks - 1) + earlier) + half
-                h *= gl.exp2(gl.load(spans_ptr + record * d_inner + d) * A2)
+                h = carry(h, gl.load(spans_ptr + record * d_inner + d) * A2)
                 h += gl.load(ends_ptr + record * size + at)
     row = gl.arange(0, TILE, layout=gl.SliceLayout(1, PAIR))[:, None]
     col = group * W + gl.arange(0, W, layout=gl.SliceLayout(0, PAIR))[None, :]
