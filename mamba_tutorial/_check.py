@@ -58,6 +58,24 @@ def check_is_tensor(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} has layout {tensor.layout}, expected {torch.strided}")
 
 
+def check_input(name: str, x: Tensor, layer: torch.nn.Module) -> None:
+    """Check that x has the dtype and the device of the layer that takes it next.
+
+    Under autocast the layer converts x; and what others put in the place of PyTorch's own layer
+    takes what it takes.
+    """
+    check_is_tensor(name, x)
+    if not x.is_floating_point():
+        raise TypeError(f"{name} has dtype {x.dtype}, expected a floating one")
+    if type(layer) not in (torch.nn.Linear, torch.nn.LayerNorm):
+        return
+    needed = layer.weight
+    if x.device != needed.device:
+        raise ValueError(f"{name} is on device {x.device}, expected {needed.device}, the layer's")
+    if x.dtype != needed.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"{name} has dtype {x.dtype}, expected {needed.dtype}, the layer's")
+
+
 def can_look_at(tensor: Tensor) -> bool:
     """Say whether the numbers of a tensor can be asked for.
 
@@ -127,10 +145,12 @@ def check_step(dt: float | Tensor, like: Tensor) -> Tensor:
         ValueError: if dt is not finite and positive everywhere, or on another device.
     """
     real = like.real.dtype
-    if isinstance(dt, bool) or not isinstance(dt, (int, float, Tensor)):
+    if isinstance(dt, Tensor):
+        check_is_tensor("dt", dt)
+    elif isinstance(dt, (bool, np.bool_)) or not isinstance(dt, numbers.Real):
         raise TypeError(f"dt is a {type(dt).__name__}, expected a positive number or tensor")
-    if not isinstance(dt, Tensor):
-        dt = torch.tensor(dt, dtype=real, device=like.device)
+    else:
+        dt = torch.tensor(_float(dt), dtype=real, device=like.device)
     if dt.dtype != real:
         raise TypeError(f"dt has dtype {dt.dtype}, expected {real}")
     if dt.device != like.device:
@@ -149,7 +169,7 @@ def check_least(name: str, tensor: Tensor, right: Tensor, needed: str) -> None:
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raise ValueError unless the value is one of the choices; the message lists them."""
     choices = list(choices)
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
@@ -160,10 +180,9 @@ def check_length(length: int, name: str = "length", least: int = 1) -> int:
         TypeError: length is no whole number, or True or False.
         ValueError: it is below `least`.
     """
-    if isinstance(length, bool) or not hasattr(type(length), "__index__"):
+    others = bool, np.bool_, np.ndarray, Tensor  # which may be indices as well
+    if isinstance(length, others) or not hasattr(type(length), "__index__"):
         raise TypeError(f"{name} is a {type(length).__name__}, expected a whole number")
-    if isinstance(length, Tensor):
-        raise TypeError(f"{name} is a tensor, expected a whole number")
     length = operator.index(length)
     if length < least:
         raise ValueError(f"{name} is {length}, expected at least {least}")
@@ -173,8 +192,14 @@ def check_length(length: int, name: str = "length", least: int = 1) -> int:
 def check_memory(name: str, value: object, numbers: int) -> None:
     """Raise ValueError if so many numbers of 8 bytes are more than the machine's memory."""
     if 8 * numbers > MEMORY:
-        needed = f"expected less: it takes {8 * numbers / 2**30:.3g} GiB of {MEMORY / 2**30:.3g}"
+        needed = f"expected less: it takes {8 * numbers >> 30} GiB of {MEMORY >> 30}"
         raise ValueError(f"{name} is {value}, {needed}")
+
+
+def check_room(name: str, value: object, numbers: int) -> None:
+    """Check the same of parameters, unless they are made elsewhere, as on the meta device."""
+    if torch.get_default_device().type == "cpu":
+        check_memory(name, value, numbers)
 
 
 def _memory() -> int:
@@ -205,14 +230,23 @@ def check_number(
     """
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is a {type(value).__name__}, expected a number")
-    if not (math.isfinite(value) and above < value < below and least <= value <= most):
+    number = _float(value)
+    if not (math.isfinite(number) and above < number < below and least <= number <= most):
         bounds = [
             f"{sign} {bound:g}"
             for sign, bound in ((">", above), ("≥", least), ("<", below), ("≤", most))
             if math.isfinite(bound)
         ]
-        raise ValueError(f"{name} is {value}, expected a finite number {' and '.join(bounds)}")
+        needed = f"expected a finite number {' and '.join(bounds)}".rstrip()
+        raise ValueError(f"{name} is {value}, {needed}")
     return value
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a whole number may be larger than any float
+        return math.inf
 
 
 def check_range(dt_min: float, dt_max: float) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mamba_tutorial._check import (
     can_look_at,
+    check_dtypes,
     check_flag,
     check_shape,
     check_square,
@@ -55,7 +56,7 @@ def zoh(A: Matrix, B: Inputs, dt: Step, *, diagonal: bool = False) -> tuple[Tens
         TypeError: an argument has a dtype that is not floating or complex, or not that of A.
         ValueError: a shape does not fit, a value is NaN or infinite, Δ ≤ 0, devices differ.
     """
-    return _discretize(diagonal_zoh if diagonal else dense_zoh, A, B, dt, diagonal)
+    return _discretize((dense_zoh, diagonal_zoh), A, B, dt, diagonal)
 
 
 def bilinear(A: Matrix, B: Inputs, dt: Step, *, diagonal: bool = False) -> tuple[Tensor, Tensor]:
@@ -72,9 +73,7 @@ def bilinear(A: Matrix, B: Inputs, dt: Step, *, diagonal: bool = False) -> tuple
     Raises:
         ValueError: Δ A has an eigenvalue of exactly 2, where the rule is undefined.
     """
-    A_bar, B_bar = _discretize(
-        diagonal_bilinear if diagonal else dense_bilinear, A, B, dt, diagonal
-    )
+    A_bar, B_bar = _discretize((dense_bilinear, diagonal_bilinear), A, B, dt, diagonal)
     if can_look_at(A_bar) and not A_bar.isfinite().all():
         needed = "expected I - dt/2 A to be invertible; choose another dt or use zoh"
         raise ValueError(f"dt makes 2 an eigenvalue of dt A, {needed}")
@@ -90,7 +89,7 @@ def euler(A: Matrix, B: Inputs, dt: Step, *, diagonal: bool = False) -> tuple[Te
 
     Args, Returns and Raises are those of `zoh`.
     """
-    return _discretize(diagonal_euler if diagonal else dense_euler, A, B, dt, diagonal)
+    return _discretize((dense_euler, diagonal_euler), A, B, dt, diagonal)
 
 
 METHODS = {"zoh": zoh, "bilinear": bilinear, "euler": euler}
@@ -146,7 +145,11 @@ def exprel(z: Inexact[Tensor, "*shape"]) -> Inexact[Tensor, "*shape"]:
     The relative exponential, as in `scipy.special.exprel`; here also complex, and with exact
     derivatives. Near 0 both the quotient and its derivative cancel, so for |z| < ½ it is the
     Taylor series Σ zʲ / (j + 1)!, whose 15 terms reach the last bit of float64.
+
+    Raises:
+        TypeError: z is no floating or complex tensor.
     """
+    check_dtypes(z=z)
     small = z.abs() < 0.5
     near = torch.where(small, z, torch.zeros_like(z))  # each branch sees only its own range,
     far = torch.where(small, torch.ones_like(z), z)  # or NaN would leak into the gradient
@@ -159,8 +162,9 @@ def exprel(z: Inexact[Tensor, "*shape"]) -> Inexact[Tensor, "*shape"]:
 def exprel_slope(z: Inexact[Tensor, "*shape"]) -> Inexact[Tensor, "*shape"]:
     """Return the derivative of `exprel`, (eᶻ − exprel(z)) / z, elementwise; ½ at z = 0.
 
-    For |z| < ½ by its series Σ (j + 1) zʲ / (j + 2)!.
+    For |z| < ½ by its series Σ (j + 1) zʲ / (j + 2)!. The errors are those of `exprel`.
     """
+    check_dtypes(z=z)
     small = z.abs() < 0.5
     near = torch.where(small, z, torch.zeros_like(z))
     far = torch.where(small, torch.ones_like(z), z)
@@ -179,7 +183,13 @@ def matrix_exp_and_exprel(
     (Van Loan 1978, with the identity in the place of B). Computed in double precision: to take an
     exponential is to halve the matrix until it is small and to square the result as often, and of a
     mode that is a million times slower than the fastest float32 loses every digit on the way.
+
+    Raises:
+        TypeError: Z is no floating or complex tensor.
+        ValueError: Z is not (..., state, state), or holds a NaN or an infinity.
     """
+    check_tensors(Z=Z)
+    check_square("Z", Z)
     given, state = Z.dtype, Z.shape[-1]
     if Z.device.type != "mps":  # which has no double precision
         Z = Z.to(torch.complex128 if Z.is_complex() else torch.float64)
@@ -192,10 +202,13 @@ def matrix_exp_and_exprel(
 
 
 def _discretize(
-    rule: Callable, A: Tensor, B: Tensor, dt: Step, diagonal: bool
+    rules: tuple[Callable, Callable], A: Tensor, B: Tensor, dt: Step, diagonal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Check what the three rules share, and apply one; half precision is computed in float32."""
-    check_flag("diagonal", diagonal)
+    """Check what the three rules share, and apply one, given for matrices and for diagonals.
+
+    Half precision is computed in float32.
+    """
+    rule = rules[check_flag("diagonal", diagonal)]
     check_tensors(A=A, B=B)
     if diagonal:
         check_shape("A", A, "... state")

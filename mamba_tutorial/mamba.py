@@ -28,10 +28,13 @@ from mamba_tutorial._check import (
     can_look_at,
     check_choice,
     check_flag,
+    check_input,
     check_is_tensor,
     check_least,
     check_length,
+    check_memory,
     check_number,
+    check_room,
     check_shape,
     wide,
 )
@@ -41,6 +44,7 @@ from mamba_tutorial.selective import SelectiveSSM
 Sequence = Float[Tensor, "batch length d_model"]
 Token = Float[Tensor, "batch d_model"]
 Ids = Int[Tensor, "batch length"]
+SEQUENCE = "batch length d_model"
 
 
 @dataclass(frozen=True)
@@ -209,6 +213,7 @@ class MambaBlock(nn.Module):
         batch = check_length(batch, name="batch", least=0)
         A_log, weight = self.ssm.A_log, self.conv1d.weight
         conv, h = self._state_shapes(batch)
+        check_memory("batch", batch, math.prod(conv) + math.prod(h))
         return BlockState(
             torch.zeros(conv, dtype=weight.dtype, device=weight.device),
             torch.zeros(h, dtype=wide(A_log.dtype), device=A_log.device),
@@ -229,8 +234,8 @@ class MambaBlock(nn.Module):
         Raises:
             TypeError, ValueError: x or the state is of another kind, shape, dtype or device.
         """
-        axes = "batch d_model" if state is not None and x.ndim == 2 else "batch length d_model"
-        _check_signal("x", x, axes, self.d_model)
+        check_input("x", x, self.in_proj)
+        self._check_shape(x, "batch d_model" if state is not None and x.ndim == 2 else SEQUENCE)
         conv = h = None
         if state is not None:
             conv, h = self._checked(state, x)
@@ -242,13 +247,20 @@ class MambaBlock(nn.Module):
 
     def prefill(self, x: Sequence, state: BlockState) -> tuple[Sequence, BlockState]:
         """Read a piece of the sequences; return its outputs and the state after it."""
-        _check_signal("x", x, "batch length d_model", self.d_model)
+        check_input("x", x, self.in_proj)
+        self._check_shape(x, SEQUENCE)
         return self(x, self._checked(state, x))
 
     def step(self, x: Token, state: BlockState) -> tuple[Token, BlockState]:
         """Read one token of each sequence; return its output and the state after it."""
-        _check_signal("x", x, "batch d_model", self.d_model)
+        check_input("x", x, self.in_proj)
+        self._check_shape(x, "batch d_model")
         return self(x, self._checked(state, x))
+
+    def _check_shape(self, x: Tensor, axes: str) -> None:
+        check_shape("x", x, axes, d_model=self.d_model)
+        if x.ndim == 3 and x.shape[1] == 0:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected a length of at least 1")
 
     def _state_shapes(self, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         d_inner, _, d_conv = self.conv1d.weight.shape
@@ -265,6 +277,9 @@ class MambaBlock(nn.Module):
             check_is_tensor(f"state.{name}", part)
             if not part.is_floating_point():
                 raise TypeError(f"state.{name} has dtype {part.dtype}, expected a floating one")
+            if (part.dtype == torch.float64) != (x.dtype == torch.float64):
+                given = f"state.{name} has dtype {part.dtype} and x {x.dtype}"
+                raise TypeError(f"{given}, expected both of float64 or none")
             if part.shape != shape:
                 given = tuple(part.shape)
                 raise ValueError(f"state.{name} has shape {given}, expected {tuple(shape)}")
@@ -274,37 +289,37 @@ class MambaBlock(nn.Module):
         return BlockState(*state)
 
 
-def _check_signal(name: str, x: Tensor, axes: str, d_model: int) -> None:
-    check_is_tensor(name, x)
-    if not x.is_floating_point():
-        raise TypeError(f"{name} has dtype {x.dtype}, expected a floating one")
-    check_shape(name, x, axes, d_model=d_model)
-    if x.ndim == 3 and x.shape[1] == 0:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected a length of at least 1")
-
-
 def _check_config(config: MambaConfig) -> None:
     if not isinstance(config, MambaConfig):
         raise TypeError(f"config is a {type(config).__name__}, expected a MambaConfig")
+    projections = 3 * config.d_inner * config.d_model
+    check_room("d_model of config", config.d_model, projections // 2)
+    check_room("d_conv of config", config.d_conv, config.d_conv * config.d_inner // 2)
 
 
 # The convolution as an operator: (x, before, weight, bias), with the weight (channels, width).
 
 
 def _convolve(x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    window = torch.cat([before, x], 1)
-    weight, bias = weight.to(x.dtype)[:, None], None if bias is None else bias.to(x.dtype)
-    return F.silu(F.conv1d(window.mT, weight, bias, groups=len(weight)).mT)
+    window, length = torch.cat([before, x], 1), x.shape[1]
+    return _weighed([window[:, k : k + length] for k in range(weight.shape[1])], weight, bias)
 
 
 def _convolve_token(
     x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     window = torch.cat([before, x[:, None]], 1)
-    mixed = (window * weight.mT.to(x.dtype)).sum(1)
-    if bias is not None:
-        mixed = mixed + bias.to(x.dtype)
-    return F.silu(mixed), window[:, 1:]
+    return _weighed(window.unbind(1), weight, bias), window[:, 1:]
+
+
+def _weighed(tokens: Iterable[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return silu(bias + Σ_k weight_k tokens_k), summed in float32 at least."""
+    dtype = wide(weight.dtype)
+    total = torch.zeros_like(weight[:, 0]) if bias is None else bias
+    total = total.to(dtype)
+    for k, token in enumerate(tokens):
+        total = torch.addcmul(total, token.to(dtype), weight[:, k].to(dtype))
+    return F.silu(total).to(token.dtype)
 
 
 def _run_convolution(x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -443,7 +458,11 @@ class MambaLM(nn.Module):
                 (on a GPU, where that is not waited for, such an id ends the program); the state is
                 of another batch or model.
         """
+        check_flag("last", last)
         ids = _check_ids(ids, self.config.vocab_size, (2,) if state is None else (1, 2))
+        if ids.device != self.embedding.weight.device:
+            needed = f"expected {self.embedding.weight.device}, the model's"
+            raise ValueError(f"ids is on device {ids.device}, {needed}")
         if state is not None:
             _check_state(state, self.config.n_layer)
         u, state = self._run(ids, state)
@@ -548,6 +567,9 @@ class MambaLM(nn.Module):
         Raises:
             TypeError, ValueError: as `forward`; or an argument is out of its range.
         """
+        max_new_tokens = check_length(max_new_tokens, name="max_new_tokens")
+        _check_ids_axes(ids, (2,))
+        check_memory("max_new_tokens", max_new_tokens, max_new_tokens * len(ids))
         sampling = (temperature, top_k, top_p, eos, generator, state)
         tokens = list(self.stream(ids, max_new_tokens, *sampling))
         return torch.cat([ids.long(), torch.stack(tokens, dim=1)], dim=1)
@@ -678,6 +700,7 @@ def sample(
     if not logits.is_floating_point():
         raise TypeError(f"logits has dtype {logits.dtype}, expected a floating one")
     check_shape("logits", logits, "batch vocab_size")
+    check_length(logits.shape[1], name="the number of tokens of logits")
     if not logits.is_cuda:  # on a GPU the look would wait for the model
         check_least("logits", logits, logits < math.inf, "numbers, and no NaN")
     if temperature == 0:
@@ -686,7 +709,7 @@ def sample(
     values, tokens = logits.double().sort(dim=-1, descending=True)
     probabilities = ((values - values[:, :1]) / temperature).softmax(-1).float()
     if top_k is not None:
-        probabilities[:, top_k:] = 0
+        probabilities[:, min(top_k, logits.shape[1]) :] = 0
     if top_p is not None:  # drop a token if those before it hold enough
         share = probabilities / probabilities.sum(-1, keepdim=True)
         probabilities[share.cumsum(-1) - share >= top_p] = 0
@@ -740,3 +763,5 @@ def _check_state(state: State, blocks: int) -> None:
         raise TypeError(f"state is a {type(state).__name__}, expected a tuple of BlockStates")
     if len(state) != blocks:
         raise ValueError(f"state has {len(state)} blocks, expected {blocks}")
+    if any(block is None for block in state):
+        raise TypeError("state has None for a block, expected a BlockState")

@@ -35,6 +35,7 @@ class Operator:
         name: in the namespace `torch.ops.mamba_tutorial`.
         schema: arguments and results, as `torch.library.define` takes them.
         run: the routine. It sees tensors with numbers, and returns as many tensors as the schema.
+            It must not conjugate lazily: a compiled program calls it where PyTorch does not look.
         like: returns tensors like the results, of any content.
         definition: the differentiable results, by PyTorch's own operations.
         gradient: returns the gradients of the inputs, one for each; None is for the definition's.
@@ -105,7 +106,9 @@ class Operator:
         inputs = [next(saved) if value is None else value[0] for value in ctx.constants]
         if all(gradient is None for gradient in upstream):
             return (None,) * len(inputs)
-        wanted = [w and isinstance(v, Tensor) for w, v in zip(ctx.needs_input_grad, inputs)]
+        wanted = [
+            w and isinstance(v, Tensor) for w, v in zip(ctx.needs_input_grad, inputs, strict=True)
+        ]
         gradients = self.gradient(wanted, upstream, inputs, list(saved))
         return tuple(
             gradient.to(value.dtype) if want and gradient is not None else None
@@ -118,7 +121,12 @@ class Operator:
     def _vmap(self, info, axes: tuple, *inputs) -> tuple[Outputs, int | tuple[int, ...]]:
         """One call after the other."""
         calls = [
-            self(*(v if axis is None else v.select(axis, i) for v, axis in zip(inputs, axes)))
+            self(
+                *(
+                    v if axis is None else v.select(axis, i)
+                    for v, axis in zip(inputs, axes, strict=True)
+                )
+            )
             for i in range(info.batch_size)
         ]
         if isinstance(calls[0], Tensor):

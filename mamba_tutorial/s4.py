@@ -14,7 +14,7 @@ result.
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +25,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from mamba_tutorial._check import (
     can_look_at,
     check_choice,
+    check_input,
     check_is_tensor,
     check_length,
     check_memory,
     check_range,
+    check_room,
     check_shape,
     check_step,
     check_tensors,
@@ -40,6 +42,7 @@ from mamba_tutorial.ops import register, vjp
 from mamba_tutorial.ssm import fft_convolution
 
 DiagonalInit = Literal["legs", "lin", "inv", "real"]
+INITS = get_args(DiagonalInit)
 
 # Numbers that a block of the Cauchy sum may hold at a time: enough to be quick, little to store.
 CAUCHY_BLOCK = 1 << 18
@@ -59,10 +62,9 @@ def diagonal_init(n: int, kind: DiagonalInit = "legs") -> Complex[Tensor, " half
     Raises:
         TypeError, ValueError: n is not an even positive number, or there is no such kind.
     """
-    n = check_length(n, name="n")
-    check_choice("kind", kind, ["legs", "lin", "inv", "real"])
-    if n % 2:
-        raise ValueError(f"n is {n}, expected an even number, for pairs of eigenvalues")
+    n = _check_pairs("n", n)
+    check_memory("n", n, n)
+    check_choice("kind", kind, INITS)
     k = torch.arange(n // 2).double()
     if kind == "legs":
         return dplr(n).Lambda[: n // 2]
@@ -172,7 +174,8 @@ def dplr_kernel(
 
     Raises:
         TypeError: the dtypes are not complex, or differ.
-        ValueError: the shapes do not fit, or length is not positive.
+        ValueError: the shapes do not fit, length is not positive, or the kernel is not finite: an
+            eigenvalue lies on the imaginary axis, or far to the right of it.
     """
     _check_complex(Lambda=Lambda, P=P, B=B, C_truncated=C_truncated)
     given = {"Lambda": Lambda, "P": P, "B": B, "C_truncated": C_truncated}
@@ -183,7 +186,11 @@ def dplr_kernel(
     batches = {name: tensor.shape[:-1] for name, tensor in given.items()}
     channels = _check_batches(dt=dt.shape, **batches)
     length = _kernel_length(length, math.prod(channels))
-    return _dplr_kernel(Lambda, P, B, C_truncated, dt, length)
+    kernel = _dplr_kernel(Lambda, P, B, C_truncated, dt, length)
+    if can_look_at(kernel) and not kernel.isfinite().all():
+        needed = "expected negative real parts and a kernel that does not overflow"
+        raise ValueError(f"Lambda has a pole at a root of unity, {needed}")
+    return kernel
 
 
 def _dplr_kernel(
@@ -204,6 +211,13 @@ def _kernel_length(length: int, channels: int) -> int:
     length = check_length(length)
     check_memory("length", length, length * channels)
     return length
+
+
+def _check_pairs(name: str, size: int) -> int:
+    size = check_length(size, name)
+    if size % 2:
+        raise ValueError(f"{name} is {size}, expected an even number, for pairs of eigenvalues")
+    return size
 
 
 def _check_complex(**tensors: Tensor) -> None:
@@ -237,8 +251,8 @@ def truncate(
     _check_complex(C=C, A_bar=A_bar)
     check_shape("C", C, "... n")
     check_shape("A_bar", A_bar, "... n n", n=C.shape[-1])
-    _check_batches(C=C.shape[:-1], A_bar=A_bar.shape[:-2])
-    return _truncate(C, A_bar, check_length(length))
+    channels = _check_batches(C=C.shape[:-1], A_bar=A_bar.shape[:-2])
+    return _truncate(C, A_bar, _kernel_length(length, math.prod(channels)))
 
 
 def _truncate(C: Tensor, A_bar: Tensor, length: int) -> Tensor:
@@ -346,6 +360,8 @@ class _Layer(nn.Module):
     def __init__(self, d_model: int, modes: int, dt_min: float, dt_max: float):
         d_model = check_length(d_model, name="d_model")
         check_range(dt_min, dt_max)
+        check_room("d_model", d_model, d_model**2)
+        check_room("d_state", modes, modes * d_model)
         super().__init__()
         self.modes_kept = modes
         self.norm = nn.LayerNorm(d_model)
@@ -377,7 +393,9 @@ class _Layer(nn.Module):
 
     def initial_state(self, batch: int) -> Complex[Tensor, "batch d_model n"]:
         """Return the state before the first token."""
-        shape = check_length(batch, name="batch", least=0), len(self.D), self.modes_kept
+        batch = check_length(batch, name="batch", least=0)
+        shape = batch, len(self.D), self.modes_kept
+        check_memory("batch", batch, 2 * math.prod(shape))
         dtype = wide(self.log_dt.dtype).to_complex()
         return torch.zeros(shape, dtype=dtype, device=self.log_dt.device)
 
@@ -412,9 +430,7 @@ class _Layer(nn.Module):
         return self._mixed(x, y.to(z.dtype) + self.D * z), state
 
     def _check_input(self, x: Tensor, axes: str) -> None:
-        check_is_tensor("x", x)
-        if not x.is_floating_point():
-            raise TypeError(f"x has dtype {x.dtype}, expected a floating one")
+        check_input("x", x, self.norm)
         check_shape("x", x, axes, d_model=len(self.D))
 
     def _mixed(self, x: Tensor, y: Tensor) -> Tensor:
@@ -462,13 +478,15 @@ class S4D(_Layer):
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
     ):
-        d_state = check_length(d_state, name="d_state")
+        d_state = _check_pairs("d_state", d_state)
         super().__init__(d_model, d_state // 2, dt_min, dt_max)
         d_model = len(self.D)
+        if not isinstance(init, Tensor):
+            check_choice("init", init, INITS)
         A = init if isinstance(init, Tensor) else diagonal_init(d_state, init)
         _check_complex(init=A)
-        if d_state % 2:
-            raise ValueError(f"d_state is {d_state}, expected an even number, for pairs")
+        if A.is_meta and not self.D.is_meta:
+            raise ValueError("init is on device meta, expected one that has numbers")
         check_shape("init", A, "half", half=d_state // 2)
         if can_look_at(A) and (A.real >= 0).any():
             raise ValueError(f"init has a real part of {A.real.max():g}, expected all negative")
@@ -518,7 +536,9 @@ class S4(_Layer):
     """
 
     def __init__(self, d_model: int, d_state: int, dt_min: float = 1e-3, dt_max: float = 1e-1):
-        super().__init__(d_model, check_length(d_state, name="d_state"), dt_min, dt_max)
+        d_state = _check_pairs("d_state", d_state)
+        check_memory("d_state", d_state, d_state**2)
+        super().__init__(d_model, d_state, dt_min, dt_max)
         d_model, start, half = len(self.D), dplr(d_state), d_state // 2
 
         def learned(values: Tensor) -> nn.Parameter:

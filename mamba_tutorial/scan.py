@@ -32,6 +32,7 @@ from mamba_tutorial._check import (
     check_dtypes,
     check_flag,
     check_length,
+    check_memory,
     check_triton,
 )
 from mamba_tutorial.ops import register
@@ -361,7 +362,8 @@ def trace(algorithm: Algorithm, length: int) -> list[Step]:
         TypeError, ValueError: length is not a positive whole number.
         ValueError: the algorithm combines two intervals that do not touch.
     """
-    check_length(length)
+    length = check_length(length)
+    check_memory("length", length, length)
     joined = []
 
     def join(left: Elements, right: Elements) -> Elements:

@@ -16,7 +16,7 @@ computes (`selective_scan_ref` of mamba_ssm), and so what its checkpoints were t
 
 import math
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence, Set
 from functools import cache
 from typing import Literal
 
@@ -28,12 +28,15 @@ from torch import Tensor, nn
 from mamba_tutorial._check import (
     HAS_TRITON,
     check_choice,
+    check_dtypes,
     check_flag,
+    check_input,
     check_is_tensor,
     check_least,
     check_length,
     check_number,
     check_range,
+    check_room,
     check_shape,
     check_triton,
     installed,
@@ -146,6 +149,7 @@ def selective_step(
         TypeError, ValueError: as `selective_scan`.
     """
     check_choice("discretization", discretization, ["mamba", "zoh"])
+    check_flag("dt_softplus", dt_softplus)
     sizes = _check_tokens("batch", x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     h = _check_state("h", h, x, (sizes["batch"], *A.shape))
     exact = discretization == "zoh"
@@ -209,6 +213,12 @@ class SelectiveSSM(nn.Module):
             check_length(size, name=name)
             for name, size in (("d_inner", d_inner), ("d_state", d_state), ("dt_rank", dt_rank))
         )
+        if not isinstance(selective, Sequence | Set) or isinstance(selective, str):
+            given = type(selective).__name__
+            raise TypeError(f"selective is a {given}, expected a collection of str")
+        check_room("d_inner", d_inner, d_inner)
+        check_room("d_state", d_state, d_state * d_inner)
+        check_room("dt_rank", dt_rank, dt_rank * d_inner)
         for part in selective:
             check_choice("selective", part, ["dt", "B", "C"])
         check_choice("discretization", discretization, ["mamba", "zoh"])
@@ -251,7 +261,7 @@ class SelectiveSSM(nn.Module):
         Float[Tensor, "*batch d_state"],
     ]:
         """Return Δ before bias and softplus, B and C of every token."""
-        check_is_tensor("x", x)
+        check_input("x", x, getattr(self, "x_proj", self))
         check_shape("x", x, "... d_inner", d_inner=len(self.D))
         projected = self.x_proj(x).split(list(self.sizes.values()), -1) if self.sizes else ()
         parts = dict(zip(self.sizes, projected, strict=True))
@@ -284,6 +294,8 @@ class SelectiveSSM(nn.Module):
         """
         dt, B, C = self.select(x)
         given = x, dt, self.A, B, C, self.D, z, self.dt_bias, True
+        if h is not None:
+            h = _check_state("h", h, x, (len(x), *self.A_log.shape))
         if x.ndim != 2:
             return selective_scan(*given, h, True, self.discretization)
         if h is None:
@@ -297,11 +309,21 @@ class SelectiveSSM(nn.Module):
         z: Float[Tensor, "batch d_inner"] | None = None,
     ) -> tuple[Float[Tensor, "batch d_inner"], State]:
         """Read one token; return its output and the new state."""
+        check_is_tensor("h", h)
         return self(x, z, h)
 
 
 def inverse_softplus(y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Return the x with log(1 + e^x) = y, for y > 0: y + log(1 − e^−y), without cancellation."""
+    """Return the x with log(1 + e^x) = y, for y > 0: y + log(1 − e^−y), without cancellation.
+
+    Raises:
+        TypeError: y is no floating tensor.
+        ValueError: a number is not positive.
+    """
+    check_dtypes(y=y)
+    if y.is_complex():
+        raise TypeError(f"y has dtype {y.dtype}, expected a real one")
+    check_least("y", y, y > 0, "positive numbers")
     return y + torch.log(-torch.expm1(-y))
 
 
@@ -319,7 +341,7 @@ def _fused(x, dt, A, B, C, D, z, dt_bias, h0, softplus, exact, backend) -> tuple
 
 
 def _unfused(x, dt, A, B, C, D, z, dt_bias, h0, softplus, exact, backend) -> tuple[Tensor, Tensor]:
-    """Bias and softplus before the scan, skip connection and gate after it, as PyTorch does them."""
+    """Bias and softplus before the scan, skip connection and gate after it, in PyTorch."""
     dtype = wide(x.dtype)
     if h0 is None:
         h0 = x.new_zeros(len(x), *A.shape, dtype=dtype)
@@ -529,8 +551,8 @@ def _parallel(x, dt, A, B, C, h, exact) -> tuple[Tensor, Tensor, Tensor]:
 def _parallel_backward(dy, G, starts, x, dt, A, B, C, exact) -> tuple[Tensor, ...]:
     """Return the gradients of x, dt, A, B, C and h0.
 
-    With g_t = dy_t C_t + a_{t+1} g_{t+1} the gradient of the state, and z = Δ A: what arrives at z is
-    g_t (a_t h_{t−1} + w'(z) Δ x B), from which A and Δ get theirs. G is that of the last state.
+    With g_t = dy_t C_t + a_{t+1} g_{t+1} the gradient of the state, what arrives at z = Δ A is
+    g_t (a_t h_{t−1} + w'(z) Δ x B), and A and Δ get theirs from there. G is that of the last state.
     """
     dA, results = torch.zeros_like(A), []
     for piece in reversed(_pieces(x, A)):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mamba_tutorial._check import (
     check_choice,
+    check_least,
     check_length,
     check_memory,
     check_shape,
@@ -211,8 +212,7 @@ class StateSpace:
             ValueError: t is NaN, infinite or negative, or lies on another device.
         """
         check_tensors(A=self.A.real, t=t)
-        if (t < 0).any():
-            raise ValueError(f"t has minimum {t.min().item():g}, expected no negative time")
+        check_least("t", t, t >= 0, "no negative time")
         return self.C @ matrix_exp_and_exprel(t[..., None, None] * self.A)[0] @ self.B
 
     def _step_integrals(self, dt: Tensor) -> tuple[Tensor, Tensor, Tensor]:

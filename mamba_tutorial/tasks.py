@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mamba_tutorial._check import check_length
+from mamba_tutorial._check import check_is_tensor, check_length, check_memory, check_shape
 
 IGNORE = -100  # what torch.nn.functional.cross_entropy ignores
 NOISE, GO = 0, 1  # the tokens of the copying tasks that are no data; data are 2, …, vocab − 1
@@ -95,13 +95,18 @@ def next_token(
         length: of the pieces, L.
 
     Raises:
-        TypeError, ValueError: a size is not a positive whole number, or the text is too short.
+        TypeError, ValueError: a size is not a positive whole number, or the text is too short or
+            no row of whole numbers.
     """
     _check_sizes(batch=(batch, 1), length=(length, 1))
+    check_is_tensor("tokens", tokens)
+    if tokens.dtype == torch.bool or tokens.is_floating_point() or tokens.is_complex():
+        raise TypeError(f"tokens has dtype {tokens.dtype}, expected whole numbers")
+    check_shape("tokens", tokens, "text")
     if len(tokens) <= length:
         raise ValueError(f"tokens has length {len(tokens)}, expected more than {length}")
     starts = torch.randint(len(tokens) - length, (batch, 1), generator=generator)
-    pieces = tokens[starts + torch.arange(length + 1)]
+    pieces = tokens[starts + torch.arange(length + 1)].long()
     return pieces[:, :-1], pieces[:, 1:]
 
 
@@ -123,6 +128,5 @@ def _recall(
 
 def _check_sizes(**sizes: tuple[int, int]) -> None:
     for name, (size, least) in sizes.items():
-        check_length(size, name=name)
-        if size < least:
-            raise ValueError(f"{name} is {size}, expected at least {least}")
+        check_length(size, name, least)
+        check_memory(name, size, size)

@@ -374,6 +374,7 @@ def test_a_training_step_is_captured_in_a_cuda_graph():
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")  # of PyTorch's own warm-up
 def test_a_block_becomes_a_graphed_callable():
     torch.manual_seed(0)
     block = MambaBlock(MambaConfig(64, 1, 11)).cuda()

@@ -182,9 +182,9 @@ def test_sequence_model():
     ("call", "error", "message"),
     [
         (lambda: S4(0, 8), ValueError, "d_model is 0, expected at least 1"),
-        (lambda: S4(4, 7), ValueError, "n is 7, expected an even number"),
-        (lambda: S4D(4, 7), ValueError, "n is 7, expected an even number"),
-        (lambda: S4D(4, 8, "hippo"), ValueError, "kind is 'hippo', expected one of 'legs'"),
+        (lambda: S4(4, 7), ValueError, "d_state is 7, expected an even number"),
+        (lambda: S4D(4, 7), ValueError, "d_state is 7, expected an even number"),
+        (lambda: S4D(4, 8, "hippo"), ValueError, "init is 'hippo', expected one of 'legs'"),
         (
             lambda: S4D(4, 8, torch.ones(4) + 0j),
             ValueError,
