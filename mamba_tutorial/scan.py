@@ -242,9 +242,9 @@ def _run_states(a: Tensor, b: Tensor, h0: Tensor, reverse: bool, method: Method)
     if reverse:
         return _run_states(a.flip(1), b.flip(1), h0, False, method).flip(1)
     h = _states(a, b, h0, _choose(a) if method == "auto" else method)
-    if method != "sequential" and not h.isfinite().all():
-        # A product of decays may overflow where no state does, and ∞ · 0 is not a number. The loop
-        # makes no such products.
+    if method != "sequential" and not h[:, -1].isfinite().all():
+        # A product of decays may overflow where no state does, and ∞ · 0 is not a number, nor is
+        # what follows from it, to the last state. The loop makes no such products.
         return _states(a, b, h0, "sequential")
     return h
 
