@@ -652,12 +652,7 @@ def _step_size(dt: Tensor, bias: Tensor | None, softplus: bool, dtype: torch.dty
 
 
 def _check_step_size(dt: Tensor, bias: Tensor | None) -> None:
-    """Look whether a step given as it is, without softplus, is negative; on a CPU only.
-
-    On a GPU the look would wait for all that goes before.
-    """
-    if dt.is_cuda:
-        return
+    """Check a step that is given as it is, without softplus."""
     dt = _step_size(dt, bias, False, wide(dt.dtype))
     check_least("dt", dt, ~(dt < 0), "Δ ≥ 0, or dt_softplus=True")
 
