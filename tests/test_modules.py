@@ -141,6 +141,44 @@ def test_the_matrices_of_a_recurrence_are_made_once(kind, monkeypatch):
         torch.testing.assert_close(y, layer.step(x[:, 0], state.clone())[0])
 
 
+def optimized(layer):
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)  # counts no version
+    layer(torch.ones(1, 5, 3, dtype=torch.float64)).square().sum().backward()
+    optimizer.step()
+
+
+def loaded(layer):
+    layer.load_state_dict({name: value + 0.3 for name, value in layer.state_dict().items()})
+
+
+def replaced(layer):
+    layer.log_dt = nn.Parameter(layer.log_dt.detach() + 0.3)
+
+
+def given_other_data(layer):
+    layer.log_dt.data += 0.3
+
+
+def thawed(layer):
+    layer.requires_grad_(True)
+
+
+@pytest.mark.parametrize("kind", [S4, S4D])
+@pytest.mark.parametrize("change", [optimized, loaded, replaced, given_other_data, thawed])
+def test_a_step_goes_by_the_parameters_as_they_are(kind, change):
+    torch.manual_seed(0)
+    layer, x = kind(3, 8).double(), torch.randn(2, 3, dtype=torch.float64)
+    layer.requires_grad_(change is not thawed)
+    _, state = layer.step(x, layer.initial_state(2))
+    state = layer.step(x, state.detach())[1].detach()
+    _, state = layer.step(x, state)
+    change(layer)
+    y, expected = (layer.step(x, start)[0] for start in (state, state.detach().clone()))
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    if change is thawed:
+        assert torch.autograd.grad(y.sum(), layer.log_dt)[0].abs().sum() > 0
+
+
 PROCESS = """
 import sys
 import torch, torch.distributed as dist, torch.nn.functional as F
