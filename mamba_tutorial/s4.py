@@ -421,7 +421,7 @@ class _Layer(nn.Module):
             raise ValueError(f"state is on device {state.device}, expected {x.device}, that of x")
         z = self.norm(x)
         own = [p for name, p in self.named_parameters(recurse=False) if name != "D"]
-        origin = self, torch.is_grad_enabled(), [p.requires_grad for p in own]
+        origin = self, torch.is_grad_enabled(), [(p.dtype, p.requires_grad) for p in own]
         known, values, recurrence = _RECURRENCES.get(state, (None, own, None))
         # by their numbers, for not everything that writes to a parameter can be noticed otherwise
         same = known == origin and can_look_at(x) and all(map(torch.equal, own, values))
