@@ -36,7 +36,7 @@ from mamba_tutorial._check import (
     check_tensors,
     wide,
 )
-from mamba_tutorial.discretize import diagonal_zoh
+from mamba_tutorial.discretize import diagonal_zoh, exprel, exprel_slope
 from mamba_tutorial.hippo import dplr
 from mamba_tutorial.ops import register, vjp
 from mamba_tutorial.ssm import fft_convolution
@@ -90,16 +90,8 @@ def diagonal_kernel(
     check_shape("A_bar", A_bar, "... half")
     check_shape("CB_bar", CB_bar, "... half", half=A_bar.shape[-1])
     _check_batches(A_bar=A_bar.shape[:-1], CB_bar=CB_bar.shape[:-1])
-    return _diagonal_kernel(A_bar, CB_bar, _kernel_length(length, CB_bar.numel()))
-
-
-def _diagonal_kernel(A_bar: Tensor, CB_bar: Tensor, length: int) -> Tensor:
-    A_bar, CB_bar = torch.broadcast_tensors(A_bar, CB_bar)
-    return _DIAGONAL(A_bar.contiguous(), CB_bar.contiguous(), length)
-
-
-# The kernel as an operator: (Ā, C B̄, length), with Ā and C B̄ (…, half) of the same shape. Its
-# backward pass makes the powers again instead of going back through all doublings.
+    length = _kernel_length(length, CB_bar.numel())
+    return _sum_of_powers(*torch.broadcast_tensors(A_bar, CB_bar), length)
 
 
 def _powers(A_bar: Tensor, length: int) -> Tensor:
@@ -115,34 +107,57 @@ def _sum_of_powers(A_bar: Tensor, CB_bar: Tensor, length: int) -> Tensor:
     return 2 * (_powers(A_bar, length) @ CB_bar[..., None]).squeeze(-1).real
 
 
-def _sum_of_powers_gradient(wanted, upstream, inputs, kept) -> tuple[Tensor | None, ...]:
-    return *_DIAGONAL_GRADIENTS(*upstream, *inputs[:2]), None
+# S4D's kernel as an operator: (A, C, Δ, length), with A and C (…, half), Δ (…), and B = 1. Its
+# backward pass makes the powers again instead of going back through all doublings. (A compiler does
+# not fuse complex numbers: of few operations it makes less.)
 
 
-def _run_sum_of_powers_gradients(d: Tensor, A_bar: Tensor, CB_bar: Tensor) -> tuple[Tensor, Tensor]:
-    """2 Σ_l d_l conj(l C B̄ Ā^(l−1)) and 2 Σ_l d_l conj(Ā^l)."""
+def _zoh_kernel(A: Tensor, C: Tensor, dt: Tensor, length: int) -> Tensor:
+    A_bar, B_bar = diagonal_zoh(A, torch.ones_like(A), dt)
+    return _sum_of_powers(A_bar, C * B_bar, length)
+
+
+def _zoh_kernel_gradient(wanted, upstream, inputs, kept) -> tuple[Tensor | None, ...]:
+    return *_ZOH_KERNEL_GRADIENTS(*upstream, *inputs[:3]), None
+
+
+def _run_zoh_kernel_gradients(
+    d: Tensor, A: Tensor, C: Tensor, dt: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By the chain rule, from K̄ to Ā and C B̄, to ΔA and Δ, to A.
+
+    Of a holomorphic function the gradient is multiplied by the conjugate of the derivative:
+    2 Σ_l d_l conj(l C B̄ Ā^(l−1)) for Ā, 2 Σ_l d_l conj(Ā^l) for C B̄.
+    """
+    step = dt[..., None]
+    z = step * A
+    A_bar, mean = z.exp(), exprel(z)
+    B_bar = step * mean
     turned = _powers(A_bar, d.shape[-1]).conj_physical().mT  # [..., half, length]
-    d = 2 * d.to(turned)[..., None]
-    counts = torch.arange(d.shape[-2], device=d.device)[:, None]
-    dA_bar = CB_bar.conj_physical() * (turned[..., :-1] @ (counts * d)[..., 1:, :]).squeeze(-1)
-    return dA_bar, (turned @ d).squeeze(-1)
+    counts = torch.arange(d.shape[-1], device=d.device)
+    columns = torch.stack([2 * d, 2 * counts * d], dim=-1).to(turned)
+    through_C, through_A = (turned @ columns).unbind(-1)  # Ā's share, but for 1/Ā, that of ΔA
+    slope = through_C * (step * exprel_slope(z)).conj_physical() + through_A * B_bar.conj_physical()
+    dz = C.conj_physical() * slope
+    of_step = A.conj_physical() * dz + (C * mean).conj_physical() * through_C
+    return step * dz, through_C * B_bar.conj_physical(), of_step.real.sum(-1)
 
 
-_DIAGONAL = register(
+_ZOH_KERNEL = register(
     "diagonal_kernel",
-    "(Tensor A_bar, Tensor CB_bar, SymInt length) -> Tensor",
-    run=lambda *given: _sum_of_powers(*given).contiguous(),
-    like=lambda A_bar, CB_bar, length: A_bar.real.new_empty(*A_bar.shape[:-1], length),
-    definition=_sum_of_powers,
-    gradient=_sum_of_powers_gradient,
+    "(Tensor A, Tensor C, Tensor dt, SymInt length) -> Tensor",
+    run=lambda *given: _zoh_kernel(*given).contiguous(),
+    like=lambda A, C, dt, length: dt.new_empty(*A.shape[:-1], length),
+    definition=_zoh_kernel,
+    gradient=_zoh_kernel_gradient,
 )
-_DIAGONAL_GRADIENTS = register(
+_ZOH_KERNEL_GRADIENTS = register(
     "diagonal_kernel_backward",
-    "(Tensor d, Tensor A_bar, Tensor CB_bar) -> (Tensor, Tensor)",
-    run=_run_sum_of_powers_gradients,
-    like=lambda d, A_bar, CB_bar: (A_bar.new_empty(A_bar.shape), CB_bar.new_empty(CB_bar.shape)),
-    definition=lambda d, A_bar, CB_bar: tuple(
-        vjp(_sum_of_powers, (True, True, False), (d,), (A_bar, CB_bar, d.shape[-1]))[:2]
+    "(Tensor d, Tensor A, Tensor C, Tensor dt) -> (Tensor, Tensor, Tensor)",
+    run=_run_zoh_kernel_gradients,
+    like=lambda d, *inputs: tuple(tensor.new_empty(tensor.shape) for tensor in inputs),
+    definition=lambda d, *inputs: tuple(
+        vjp(_zoh_kernel, (True, True, True, False), (d,), (*inputs, d.shape[-1]))[:3]
     ),
 )
 
@@ -257,6 +272,81 @@ def truncate(
 
 def _truncate(C: Tensor, A_bar: Tensor, length: int) -> Tensor:
     return C - (C.unsqueeze(-2) @ torch.linalg.matrix_power(A_bar, length)).squeeze(-2)
+
+
+# C̃ of A = diag(Λ) − P P* as an operator: (Λ, P, C, Δ, length), the modes (…, n), Δ (…). In double
+# precision inside, for Ā^length has the rounding of Ā length-fold.
+
+
+def _bilinear_matrix(Lambda: Tensor, P: Tensor, dt: Tensor) -> Tensor:
+    """Return the dense Ā = 2 (I − Δ/2 A)⁻¹ − I, in double precision; see `_bilinear_dplr`."""
+    Lambda, P, dt = Lambda.to(torch.complex128), P.to(torch.complex128), dt.double()
+    d, column, row = _bilinear_dplr(Lambda, P, dt)
+    return torch.diag_embed(2 * d - 1) - 2 * column[..., None] * row[..., None, :]
+
+
+def _truncate_dplr(Lambda: Tensor, P: Tensor, C: Tensor, dt: Tensor, length: int) -> Tensor:
+    A_bar = _bilinear_matrix(Lambda, P, dt)
+    return _truncate(C.to(A_bar), A_bar, length).to(C)
+
+
+def _truncate_dplr_gradient(wanted, upstream, inputs, kept) -> tuple[Tensor | None, ...]:
+    return *_TRUNCATE_GRADIENTS(*upstream, *inputs), None
+
+
+def _run_truncate_dplr_gradients(
+    d: Tensor, Lambda: Tensor, P: Tensor, C: Tensor, dt: Tensor, length: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """By the chain rule, from C̃ to Ā^length, through its squarings to Ā, to Δ/2 A, to Λ, P and Δ.
+
+    With R = (I − M)⁻¹ = (Ā + I)/2 and M = Δ/2 A, dĀ = 2 dR = 2 R dM R.
+    """
+    A_bar = _bilinear_matrix(Lambda, P, dt)
+    bits, stages = [int(bit) for bit in f"{length:b}"[1:]], [A_bar]
+    for bit in bits:
+        squared = stages[-1] @ stages[-1]
+        stages += [squared, squared @ A_bar] if bit else [squared]
+    d, C, Lambda, column = d.to(A_bar), C.to(A_bar), Lambda.to(A_bar), P.to(A_bar)[..., None]
+    dC = d - (_adjoint(stages.pop()).mT @ d[..., None]).squeeze(-1)
+    turned = _adjoint(A_bar)
+    dpower, dA_bar = -C.conj_physical()[..., None] * d[..., None, :], torch.zeros_like(A_bar)
+    for bit in reversed(bits):
+        if bit:
+            dA_bar += _adjoint(stages.pop()) @ dpower
+            dpower = dpower @ turned
+        root = _adjoint(stages.pop())
+        dpower = dpower @ root + root @ dpower
+    inverse = (turned + torch.eye(A_bar.shape[-1]).to(turned)) / 2
+    dM = 2 * inverse @ (dA_bar + dpower) @ inverse
+    diagonal, half = dM.diagonal(dim1=-2, dim2=-1), dt.double()[..., None] / 2
+    dP = -half * ((dM + _adjoint(dM)) @ column).squeeze(-1)
+    dhalf = (Lambda.conj_physical() * diagonal).real.sum(-1)
+    dhalf -= (_adjoint(column) @ dM @ column).real.sum((-1, -2))
+    return (half * diagonal).to(P), dP.to(P), dC.to(P), (dhalf / 2).to(dt)
+
+
+def _adjoint(matrix: Tensor) -> Tensor:
+    return matrix.mT.conj_physical()
+
+
+_TRUNCATE = register(
+    "dplr_truncate",
+    "(Tensor Lambda, Tensor P, Tensor C, Tensor dt, SymInt length) -> Tensor",
+    run=lambda *given: _truncate_dplr(*given).contiguous(),
+    like=lambda Lambda, P, C, dt, length: C.new_empty(C.shape),
+    definition=_truncate_dplr,
+    gradient=_truncate_dplr_gradient,
+)
+_TRUNCATE_GRADIENTS = register(
+    "dplr_truncate_backward",
+    "(Tensor d, Tensor Lambda, Tensor P, Tensor C, Tensor dt, SymInt length)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    run=_run_truncate_dplr_gradients,
+    like=lambda d, *inputs: tuple(tensor.new_empty(tensor.shape) for tensor in inputs[:4]),
+    definition=lambda d, *inputs: tuple(
+        vjp(_truncate_dplr, (True, True, True, True, False), (d,), inputs)[:4]
+    ),
+)
 
 
 # K̂ at the roots of unity as an operator: (Λ, weights, Δ, 1 − z, (1 + z)/2), with Λ (…, n), weights
@@ -505,8 +595,8 @@ class S4D(_Layer):
     def kernel(self, length: int) -> Float[Tensor, "d_model length"]:
         """Return the convolution kernel of each channel."""
         length = _kernel_length(length, self.A_imag.numel())
-        A_bar, B_bar = self.discrete()
-        return _diagonal_kernel(A_bar, _complex(self.C) * B_bar, length)
+        A = _eigenvalues(self.log_A_real, self.A_imag)
+        return _ZOH_KERNEL(A, _complex(self.C), self.dt, length)
 
     def recurrence(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return Ā, B̄ and C of all channels, (d_model, half) each."""
@@ -560,67 +650,52 @@ class S4(_Layer):
         return tuple(torch.cat([half, half.conj()], dim=-1) for half in halves)
 
     def discrete(self) -> tuple[Complex[Tensor, "d_model n n"], Complex[Tensor, "d_model n 1"]]:
-        """Return the dense Ā and B̄ of all channels, in double precision.
-
-        A step of the recurrence without input, written as a matrix.
-        """
+        """Return the dense Ā and B̄ of all channels, in double precision."""
         Lambda, P, B, _ = (mode.to(torch.complex128) for mode in self.modes())
-        keep, low, take, correct = _bilinear_dplr(Lambda, P, B, self.dt.double())
-        row = P.conj()
-        through = row * keep - (row * low).sum(-1, keepdim=True) * row  # P* times what v is of h
-        outer = low[..., None] * row[..., None, :] + correct[..., None] * through[..., None, :]
-        into = take - correct * (row * take).sum(-1, keepdim=True)
-        return torch.diag_embed(keep) - outer, into[..., None]
+        A_bar, half = _bilinear_matrix(Lambda, P, self.dt), self.dt.double()[..., None] / 2
+        # B̄ = (I − Δ/2 A)⁻¹ Δ B, and that inverse is (Ā + I)/2
+        return A_bar, ((A_bar @ B[..., None]).squeeze(-1) + B)[..., None] * half[..., None]
 
     def kernel(self, length: int) -> Float[Tensor, "d_model length"]:
         """Return the convolution kernel of each channel."""
         length = _kernel_length(length, len(self.D))
         Lambda, P, B, C = self.modes()
-        A_bar, _ = self.discrete()
-        C_truncated = _truncate(C.to(A_bar), A_bar, length).to(C)
+        C_truncated = _TRUNCATE(Lambda, P, C, self.dt, length)
         return _dplr_kernel(Lambda, P, B, C_truncated, self.dt, length)
 
     def recurrence(self) -> tuple[Tensor, ...]:
-        """Return what a step needs, (d_model, n) each; see `_bilinear_dplr`."""
+        """Return what a step needs, (d_model, n) each: see `_bilinear_dplr`; Δ/2 B; C."""
         Lambda, P, B, C = self.modes()
-        return *_bilinear_dplr(Lambda, P, B, self.dt), P.conj(), C
+        return *_bilinear_dplr(Lambda, P, self.dt), self.dt[..., None] / 2 * B, C
 
     def _advance(
-        self,
-        z: Tensor,
-        state: Tensor,
-        keep: Tensor,
-        low: Tensor,
-        take: Tensor,
-        correct: Tensor,
-        P_conj: Tensor,
-        C: Tensor,
+        self, z: Tensor, state: Tensor, d: Tensor, column: Tensor, row: Tensor, B: Tensor, C: Tensor
     ) -> tuple[Tensor, Tensor]:
-        v = keep * state - low * (P_conj * state).sum(-1, keepdim=True) + take * z[..., None]
-        state = v - correct * (P_conj * v).sum(-1, keepdim=True)
+        v = state + B * z[..., None]
+        state = 2 * (d * v - column * (row * v).sum(-1, keepdim=True)) - state
         return state, (C * state).sum(-1).real
 
 
-def _bilinear_dplr(
-    Lambda: Tensor, P: Tensor, B: Tensor, dt: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    r"""Return a step of the bilinear recurrence of A = diag(Λ) − P P*: n numbers, no matrix.
+def _bilinear_dplr(Lambda: Tensor, P: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Return the inverse in the bilinear rule of A = diag(Λ) − P P*: 3n numbers, no matrix.
 
-    With δ = Δ/2 and the diagonal d = (1 − δ Λ)⁻¹, the Woodbury identity inverts I − δ A:
+    The rule says h ← R ((I + Δ/2 A) h + Δ B x) with R = (I − Δ/2 A)⁻¹. As I + Δ/2 A = 2 I − R⁻¹,
 
-        h ← (I − δ A)⁻¹ ((I + δ A) h + Δ B x) = v − u (P* v) δ / (1 + δ P* u),    u = d P,
-            v = d (1 + δ Λ) h − δ u (P* h) + Δ d B x
+        h ← 2 R (h + Δ/2 B x) − h
 
-    From Gu et al. (2022a), Appendix C.2.
+    and with the diagonal d = (1 − Δ/2 Λ)⁻¹ the Woodbury identity inverts
+
+        R = diag(d) − u r,    u = d P · Δ/2 / (1 + Δ/2 P* d P),    r = P* d
+
+    From Gu et al. (2022a), Appendix C.2, which has the same in two products with low-rank matrices.
 
     Returns:
-        d (1 + δ Λ), δ u, Δ d B, and u δ / (1 + δ P* u).
+        d, the column u and the row r, (…, n) each.
     """
     half = dt[..., None] / 2
     d = 1 / (1 - half * Lambda)
-    u = d * P
-    share = half / (1 + half * (P.conj() * u).sum(-1, keepdim=True))
-    return d * (1 + half * Lambda), half * u, 2 * half * d * B, share * u
+    column, row = d * P, P.conj_physical() * d
+    return d, column * (half / (1 + half * (row * P).sum(-1, keepdim=True))), row
 
 
 class SequenceModel(nn.Module):

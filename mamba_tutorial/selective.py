@@ -358,7 +358,9 @@ def _unfused(x, dt, A, B, C, D, z, dt_bias, h0, softplus, exact, backend) -> tup
 
 def _learning(given: Iterable[Tensor | None]) -> bool:
     """Say whether a backward pass may follow. An exported program is there to be run."""
-    learning = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    # Dynamo, which compiles, says of itself in some versions that it exports
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    learning = torch.is_grad_enabled() and not exporting
     return learning and any(t is not None and t.requires_grad for t in given)
 
 

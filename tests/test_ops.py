@@ -93,8 +93,13 @@ def examples():
     z = torch.exp(-2j * torch.pi * torch.arange(5, device=DEVICE) / 8).to(P)
     roots = Lambda - 3, weights, random(3).exp(), 1 - z, (1 + z) / 2
     yield "dplr_spectrum", roots
-    yield "diagonal_kernel", ((P / 4).contiguous(), C.contiguous(), 13)
-    yield "diagonal_kernel_backward", (random(3, 13), (P / 4).contiguous(), C.contiguous())
+    modes = Lambda - 3, C, random(3).exp() / 9
+    yield "diagonal_kernel", (*modes, 13)
+    yield "diagonal_kernel_backward", (random(3, 13), *modes)
+    for length in (1, 8, 13):
+        given = Lambda - 3, P, C, random(3).exp() / 9, length
+        yield "dplr_truncate", given
+        yield "dplr_truncate_backward", (B, *given)
     yield "dplr_spectrum_backward", (torch.complex(random(3, 5), random(3, 5, seed=1)), *roots)
 
 
@@ -113,7 +118,7 @@ def test_pytorch_is_told_the_truth(name, arguments):
     leaves = [
         a.detach().clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments
     ]
-    if name.startswith("dplr"):  # at given roots
+    if name.startswith("dplr_spectrum"):  # at given roots
         leaves[-2:] = arguments[-2:]
     torch.library.opcheck(OPERATORS[name].op, tuple(leaves))
 
