@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
@@ -179,10 +178,17 @@ def matrix_exp_and_exprel(
 ) -> tuple[Inexact[Tensor, "*batch state state"], Inexact[Tensor, "*batch state state"]]:
     """Return exp(Z) and exprel(Z) = ∫₀¹ exp(s Z) ds of square matrices.
 
-    Both are blocks of one exponential, exp([[Z, I], [0, 0]]) = [[exp(Z), exprel(Z)], [0, I]]
-    (Van Loan 1978, with the identity in the place of B). Computed in double precision: to take an
-    exponential is to halve the matrix until it is small and to square the result as often, and of a
-    mode that is a million times slower than the fastest float32 loses every digit on the way.
+    Near 0, where Z is halved to, exprel is its Taylor series Σ Zʲ / (j + 1)!. From there, with
+    E = exp(Z) − I = Z exprel(Z), both are doubled back:
+
+        exprel(2Z) = exprel(Z) + E exprel(Z) / 2,    exp(2Z) − I = 2 E + E²
+
+    (after the modified squaring of Skaflestad and Wright 2009). To square exp(Z) itself, as
+    `torch.matrix_exp` does, would lose of a slow mode beside a fast one what 1 + small rounds away:
+    of diag(−10⁶, −1) six digits. E keeps them where Z has them, as diagonal and triangular matrices
+    do; each entry of a dense one is itself rounded to a share of the fastest mode.
+
+    Computed in double precision.
 
     Raises:
         TypeError: Z is no floating or complex tensor.
@@ -190,15 +196,26 @@ def matrix_exp_and_exprel(
     """
     check_tensors(Z=Z)
     check_square("Z", Z)
-    given, state = Z.dtype, Z.shape[-1]
+    given = Z.dtype
     if Z.device.type != "mps":  # which has no double precision
         Z = Z.to(torch.complex128 if Z.is_complex() else torch.float64)
-    identity = torch.eye(state, dtype=Z.dtype, device=Z.device).expand_as(Z)
-    # The identity also keeps the norm of the block at 1 or more, where torch.matrix_exp is
-    # accurate to rounding; for matrices of small norm it is not.
-    block = F.pad(torch.cat([Z, identity], dim=-1), (0, 0, 0, state))
-    exponential = torch.matrix_exp(block).to(given)
-    return exponential[..., :state, :state], exponential[..., :state, state:]
+    halvings = _halvings(Z)
+    Z, identity = Z * 0.5**halvings, torch.eye(Z.shape[-1], dtype=Z.dtype, device=Z.device)
+    mean = identity.expand_as(Z)
+    for j in range(15, 1, -1):
+        mean = identity + Z @ mean / j
+    E = Z @ mean
+    for _ in range(halvings):
+        mean, E = mean + E @ mean / 2, 2 * E + E @ E
+    return (identity + E).to(given), mean.to(given)
+
+
+def _halvings(Z: Tensor) -> int:
+    """Return how often to halve Z, so that no row sums to more than ½."""
+    if not can_look_at(Z):
+        return 64  # for as large ones as double precision knows modes of; too many do no harm
+    rows = Z.detach().abs().sum(-1)
+    return max(0, math.frexp(rows.max().item())[1] + 1) if rows.numel() else 0
 
 
 def _discretize(

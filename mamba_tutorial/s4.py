@@ -44,8 +44,9 @@ from mamba_tutorial.ssm import fft_convolution
 DiagonalInit = Literal["legs", "lin", "inv", "real"]
 INITS = get_args(DiagonalInit)
 
-# Numbers that a block of the Cauchy sum may hold at a time: enough to be quick, little to store.
-CAUCHY_BLOCK = 1 << 18
+# Numbers that a block of the Cauchy sum may hold at a time: enough to be quick, little to store. A
+# CPU wants them in its cache, a GPU few launches.
+CAUCHY_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 23}
 
 
 def diagonal_init(n: int, kind: DiagonalInit = "legs") -> Complex[Tensor, " half"]:
@@ -425,7 +426,8 @@ _SPECTRUM_GRADIENTS = register(
 
 def _blocks(roots: int, weights: Tensor) -> Iterator[slice]:
     """Cut the roots of unity into blocks of at most CAUCHY_BLOCK pairs of a root and a mode."""
-    size = max(1, CAUCHY_BLOCK // (weights.numel() // 4))
+    most = CAUCHY_BLOCK.get(weights.device.type, CAUCHY_BLOCK["cpu"])
+    size = max(1, most // (weights.numel() // 4))
     return (slice(start, start + size) for start in range(0, roots, size))
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mamba_tutorial import bilinear, euler, zoh
-from mamba_tutorial.discretize import METHODS, exprel
+from mamba_tutorial.discretize import METHODS, exprel, matrix_exp_and_exprel
 
 RULES = [pytest.param(rule, id=name) for name, rule in METHODS.items()]
 
@@ -45,6 +45,28 @@ def test_zoh_is_accurate_for_every_step(dt):
     A_bar, B_bar = zoh(A, B, dt)
     np.testing.assert_allclose(A_bar, expected[:4, :4], atol=1e-13 * np.abs(expected).max())
     np.testing.assert_allclose(B_bar, expected[:4, 4:], atol=1e-13 * np.abs(B_bar.numpy()).max())
+
+
+@pytest.mark.parametrize("state", [2, 8, 64])
+@pytest.mark.parametrize("fastest", [1e1, 1e3, 1e6, 1e9])
+def test_slow_modes_beside_fast_ones(state, fastest):
+    """Triangular matrices, whose exponentials SciPy has to the last digits."""
+    generator = torch.Generator().manual_seed(state)
+    A = -torch.diag(torch.logspace(0, math.log10(fastest), state, dtype=torch.float64))
+    A += torch.randn(state, state, generator=generator, dtype=torch.float64).triu(1)
+    block = np.block([[A.numpy(), np.eye(state)], [np.zeros((state, 2 * state))]])
+    expected = np.split(scipy.linalg.expm(block)[:state], 2, axis=1)
+    for result, exact in zip(zoh(A, torch.eye(state, dtype=A.dtype), 1.0), expected, strict=True):
+        np.testing.assert_allclose(result, exact, rtol=0, atol=1e-14 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3, 1e8])
+def test_a_tracer_halves_more_often_and_finds_the_same(scale):
+    Z = scale * random_system(seed=3, state=5, batch=(3,))[0]
+    Z = Z - 3 * scale * torch.eye(5, dtype=Z.dtype)
+    results = matrix_exp_and_exprel(Z)
+    for result, mapped in zip(results, torch.vmap(matrix_exp_and_exprel)(Z), strict=True):
+        torch.testing.assert_close(mapped, result, rtol=1e-12, atol=1e-14)
 
 
 def test_zoh_of_a_singular_matrix():
