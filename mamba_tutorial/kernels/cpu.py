@@ -94,11 +94,11 @@ def _run(kernel: Callable, programs: int, *arguments: Tensor | bool) -> None:
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    """The threads of all calls: it starts one when there is work and none is idle."""
+    """The threads of all calls: it starts one when there is work and none has said it is idle."""
     return ThreadPoolExecutor(MOST_THREADS, thread_name_prefix="selective_scan")
 
 
-MOST_THREADS = 1024
+MOST_THREADS = os.cpu_count() or 1
 if hasattr(os, "register_at_fork"):  # a forked process has none of the threads
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
@@ -189,15 +189,15 @@ def _backward(begin, end, x, dt, A, B, C, exact, starts, dy, dh_last, dx, ddt, d
 def _exp(z):
     """(2^k e^(r/2))² with k whole and |r| ≤ ln 2; 0 below e^−104 and ∞ above e^89, as it rounds.
 
-    e^(r/2) by its Taylor polynomial to r⁷; the remainder is below 6e-9 of the value. Of the root
-    even the smallest and the largest are ordinary numbers, which its square need not be.
+    e^(r/2) by the polynomial that it meets at the seven Chebyshev points of |r| ≤ ln 2: within
+    3e-9, a degree less than Taylor's. Of the root even the smallest and the largest are ordinary
+    numbers, which its square need not be.
     """
     z = f32(-104) if z < f32(-104) else (f32(89) if z > f32(89) else z)
     k = np.floor(z * f32(0.72134752) + f32(0.5))
     r = (z - k * f32(1.38671875)) + k * f32(4.2438888e-4)  # k 2 ln 2 in two parts, the first exact
-    p = f32(2**-6 / 720) + r * f32(2**-7 / 5040)
-    p = f32(2**-4 / 24) + r * (f32(2**-5 / 120) + r * p)
-    p = f32(1) + r * (f32(1 / 2) + r * (f32(2**-2 / 2) + r * (f32(2**-3 / 6) + r * p)))
+    p = f32(2.604147e-3) + r * (f32(2.617227e-4) + r * f32(2.178298e-5))
+    p = f32(1) + r * (f32(0.5) + r * (f32(0.125) + r * (f32(0.02083302) + r * p)))
     root = p * np.int32((np.int32(k) + np.int32(127)) << np.int32(23)).view(f32)
     return root * root
 
