@@ -1,0 +1,202 @@
+"""The trainings behind the book's claims, over several seeds: python -m mamba_tutorial.experiments.
+
+An experiment is a table: models by name, each trained with every seed and every learning rate. Its
+configuration is plain data, `EXPERIMENTS`; its record, one JSON file in `book/results`, holds the
+configuration, the command, versions and hardware, and of each run the scores on the way and the
+time. The record is written after each run, and a run that it holds already is not run again: stop
+it at any time, and start it again with the same command.
+"""
+
+import argparse
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from mamba_tutorial import tasks
+from mamba_tutorial._check import check_choice
+from mamba_tutorial.layers import LSTMLayer, SelectiveLayer, network
+from mamba_tutorial.s4 import S4D
+from mamba_tutorial.training import accuracy, environment, train
+
+TASK = {"task": "selective_copying", "data": 4, "noise": 44, "vocab": 10}
+STEPS = {"dt_min": 1e-2, "dt_max": 0.5}  # the sequences are short
+S4D_LAYER = {"layer": "S4D", "d_state": 128, "init": "lin", **STEPS}
+SELECTIVE_LAYER = {"layer": "selective", "d_state": 16, "dt_rank": 8, **STEPS}
+
+EXPERIMENTS = {
+    "wall": {
+        **TASK,
+        "batch": 64,
+        "steps": 3000,
+        "learning_rates": [3e-3, 1e-2],
+        "seeds": [0, 1, 2, 3, 4],
+        "models": {
+            "S4D, 1 layer": {**S4D_LAYER, "layers": 1},
+            "S4D, 2 layers": {**S4D_LAYER, "layers": 2},
+            "S4D, 4 layers": {**S4D_LAYER, "layers": 4},
+            "LSTM, 1 layer": {"layer": "LSTM", "hidden": 48, "layers": 1},
+            "selective, 1 layer": {**SELECTIVE_LAYER, "layers": 1},
+            "selective, 2 layers": {**SELECTIVE_LAYER, "layers": 2},
+        },
+    },
+    "selection": {
+        **TASK,
+        "batch": 32,
+        "steps": 2000,
+        "learning_rates": [1e-2],
+        "seeds": [0, 1, 2, 3, 4],
+        "models": {
+            "none": {**SELECTIVE_LAYER, "layers": 1, "selective": []},
+            "B": {**SELECTIVE_LAYER, "layers": 1, "selective": ["B"]},
+            "C": {**SELECTIVE_LAYER, "layers": 1, "selective": ["C"]},
+            "B and C": {**SELECTIVE_LAYER, "layers": 1, "selective": ["B", "C"]},
+            "Δ": {**SELECTIVE_LAYER, "layers": 1, "selective": ["dt"]},
+            "Δ, B and C": {**SELECTIVE_LAYER, "layers": 1},
+            "Δ, B and C, exact": {**SELECTIVE_LAYER, "layers": 1, "discretization": "zoh"},
+        },
+    },
+}
+LAYERS = {"S4D": S4D, "selective": SelectiveLayer, "LSTM": LSTMLayer}
+D_MODEL, TESTED, EVALUATIONS = 64, 2048, 20
+
+
+def quick(configuration: dict) -> dict:
+    """Return a small form of an experiment, which takes seconds: two seeds, a few updates."""
+    few = {"steps": 40, "seeds": [0, 1], "learning_rates": configuration["learning_rates"][:1]}
+    return {**configuration, **few}
+
+
+def build(model: dict, vocab: int) -> nn.Module:
+    """Return the network that an entry of "models" describes."""
+    arguments = dict(model)
+    kind, layers = LAYERS[arguments.pop("layer")], arguments.pop("layers")
+    return network(lambda d_model: kind(d_model, **arguments), D_MODEL, vocab=vocab, layers=layers)
+
+
+def run(configuration: dict, name: str, lr: float, seed: int) -> dict:
+    """Train one model once; return its part of the record."""
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build(configuration["models"][name], configuration["vocab"]).to(device)
+    sizes = {key: configuration[key] for key in ("data", "noise", "vocab")}
+
+    def batches(generator: torch.Generator, size: int = configuration["batch"]) -> tuple:
+        task = getattr(tasks, configuration["task"])
+        return tuple(tensor.to(device) for tensor in task(size, generator, **sizes))
+
+    test = batches(torch.Generator().manual_seed(2**31 + seed), TESTED)
+    steps = configuration["steps"]
+    record = train(
+        model,
+        batches,
+        steps=steps,
+        lr=lr,
+        seed=seed,
+        evaluate=lambda model: accuracy(model, *test),
+        every=max(1, steps // EVALUATIONS),
+        name=f"{name}, {lr:g}, seed {seed}",
+    )
+    return {
+        "model": name,
+        "lr": lr,
+        "seed": seed,
+        "parameters": record.parameters,
+        "scores": [[step, round(score, 5)] for step, score in record.scores],
+        "seconds": round(record.seconds, 1),
+    }
+
+
+def missing(configuration: dict, runs: list[dict]) -> Iterator[tuple[str, float, int]]:
+    """Yield what is still to be run: model, learning rate and seed."""
+    done = {(run["model"], run["lr"], run["seed"]) for run in runs}
+    for seed in configuration["seeds"]:
+        for lr in configuration["learning_rates"]:
+            for name in configuration["models"]:
+                if (name, lr, seed) not in done:
+                    yield name, lr, seed
+
+
+def complete(name: str, path: Path, configuration: dict, command: str, jobs: int) -> dict:
+    """Run what the record at `path` does not hold yet, save after each run, return the record."""
+    record = {
+        "experiment": name,
+        "command": command,
+        "configuration": configuration,
+        "environment": environment(),
+        "runs": [],
+    }
+    if path.exists():
+        found = json.loads(path.read_text())
+        if found["configuration"] != configuration:
+            raise ValueError(f"{path} records another configuration; move it, or choose --out")
+        record = found
+    todo = list(missing(configuration, record["runs"]))
+    for result in tqdm(_results(configuration, todo, jobs), total=len(todo), desc=name):
+        record["runs"].append(result)
+        draft = path.with_suffix(".part")
+        draft.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        draft.replace(path)
+    return record
+
+
+def _results(configuration: dict, todo: list[tuple], jobs: int) -> Iterator[dict]:
+    if jobs == 1:
+        yield from (run(configuration, *which) for which in todo)
+        return
+    spawn = multiprocessing.get_context("spawn")  # a fork would share what a GPU holds
+    with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (1,)) as pool:
+        pending = [pool.submit(run, configuration, *which) for which in todo]
+        try:
+            yield from (future.result() for future in as_completed(pending))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def final_scores(record: dict) -> dict[str, list[float]]:
+    """Return of each model the last scores, seed by seed, at the learning rate best on average."""
+    best = {}
+    for name in record["configuration"]["models"]:
+        by_rate = {}
+        for one in sorted(record["runs"], key=lambda one: one["seed"]):
+            if one["model"] == name:
+                by_rate.setdefault(one["lr"], []).append(one["scores"][-1][1])
+        best[name] = max(by_rate.values(), key=lambda scores: sum(scores) / len(scores))
+    return best
+
+
+def table(record: dict) -> str:
+    """Return the mean, the least and the largest final score of each model, in per cent."""
+    lines = [f"{record['experiment']:22} mean   least  largest   seeds"]
+    for name, scores in final_scores(record).items():
+        low, high = 100 * min(scores), 100 * max(scores)
+        mean = 100 * sum(scores) / len(scores)
+        lines.append(f"{name:22} {mean:5.1f}  {low:5.1f}  {high:5.1f} {len(scores):9}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None, show: Callable[[str], None] = print) -> None:
+    """Run the experiments that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", default=list(EXPERIMENTS), help="which; all by default")
+    parser.add_argument("--quick", action="store_true", help="a small form that takes seconds")
+    parser.add_argument("--out", type=Path, default=Path("book/results"), help="where records go")
+    parser.add_argument("--jobs", type=int, default=1, help="how many runs at a time")
+    given = parser.parse_args(arguments)
+    if not given.out.is_dir():
+        parser.error(f"--out is {given.out}, expected a folder that exists")
+    for name in given.names:
+        check_choice("name", name, EXPERIMENTS)
+        configuration = quick(EXPERIMENTS[name]) if given.quick else EXPERIMENTS[name]
+        path = given.out / f"experiment_{name}{'_quick' if given.quick else ''}.json"
+        command = f"python -m mamba_tutorial.experiments {name}{' --quick' if given.quick else ''}"
+        show(table(complete(name, path, configuration, command, given.jobs)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Layers to compare, of one build: x + GLU(W · GELU(memory(norm(x)))), each with another memory.
+
+`S4` and `S4D` in `mamba_tutorial.s4` are built so, and `SelectiveLayer` is; `LSTMLayer` has what an
+LSTM needs instead, which is less. `network` stacks them between an embedding and a decoder.
+"""
+
+from collections.abc import Callable, Collection
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mamba_tutorial.s4 import SequenceModel
+from mamba_tutorial.selective import Discretization, SelectiveSSM
+
+Tokens = Float[Tensor, "batch length d_model"]
+
+
+class SelectiveLayer(nn.Module):
+    """The build of `S4D` around a `SelectiveSSM`; the arguments are its."""
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int,
+        dt_rank: int,
+        *,
+        selective: Collection[str] = ("dt", "B", "C"),
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        discretization: Discretization = "mamba",
+    ):
+        super().__init__()
+        self.norm = nn.LayerNorm(d_model)
+        self.ssm = SelectiveSSM(
+            d_model,
+            d_state,
+            dt_rank,
+            selective=selective,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            discretization=discretization,
+        )
+        self.mix = nn.Linear(d_model, 2 * d_model)
+
+    def forward(self, x: Tokens) -> Tokens:
+        """Run over a whole sequence."""
+        y, _ = self.ssm(self.norm(x))
+        return x + F.glu(self.mix(F.gelu(y)))
+
+
+class LSTMLayer(nn.Module):
+    """x + W · LSTM(norm(x)), with an LSTM of `hidden` cells (Hochreiter and Schmidhuber 1997).
+
+    It begins with an open memory: the forget gates start at σ(2) = 0.88.
+    """
+
+    def __init__(self, d_model: int, hidden: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(d_model)
+        self.lstm = nn.LSTM(d_model, hidden, batch_first=True)
+        self.out = nn.Linear(hidden, d_model)
+        with torch.no_grad():
+            self.lstm.bias_hh_l0[hidden : 2 * hidden] = 2.0
+
+    def forward(self, x: Tokens) -> Tokens:
+        """Run over a whole sequence."""
+        return x + self.out(self.lstm(self.norm(x))[0])
+
+
+def network(
+    layer: Callable[[int], nn.Module], d_model: int, *, vocab: int, layers: int = 1
+) -> SequenceModel:
+    """Return an embedding, so many layers made by `layer(d_model)`, and a linear decoder."""
+    encoder, decoder = nn.Embedding(vocab, d_model), nn.Linear(d_model, vocab)
+    stack = [layer(d_model) for _ in range(layers)]
+    return SequenceModel(encoder, stack, decoder, pool=False)
