@@ -25,9 +25,37 @@ from mamba_tutorial.s4 import S4D
 from mamba_tutorial.training import accuracy, environment, train
 
 TASK = {"task": "selective_copying", "data": 4, "noise": 44, "vocab": 10}
-STEPS = {"dt_min": 1e-2, "dt_max": 0.5}  # the sequences are short
-S4D_LAYER = {"layer": "S4D", "d_state": 128, "init": "lin", **STEPS}
-SELECTIVE_LAYER = {"layer": "selective", "d_state": 16, "dt_rank": 8, **STEPS}
+LONG_TASK = {"task": "selective_copying", "data": 16, "noise": 240, "vocab": 16}
+STEPS = {"dt_min": 1e-2, "dt_max": 0.5}  # for sequences as short as those of TASK
+S4D_LAYER = {"layer": "S4D", "d_state": 128, "init": "lin"}
+SELECTIVE_LAYER = {"layer": "selective", "d_state": 16, "dt_rank": 8}
+
+
+def _contestants(**steps: float) -> dict:
+    """Return the models of the wall, of about equal parameters within a row of layers."""
+    return {
+        "S4D, 1 layer": {**S4D_LAYER, **steps, "layers": 1},
+        "S4D, 2 layers": {**S4D_LAYER, **steps, "layers": 2},
+        "S4D, 4 layers": {**S4D_LAYER, **steps, "layers": 4},
+        "LSTM, 1 layer": {"layer": "LSTM", "hidden": 48, "layers": 1},
+        "selective, 1 layer": {**SELECTIVE_LAYER, **steps, "layers": 1},
+        "selective, 2 layers": {**SELECTIVE_LAYER, **steps, "layers": 2},
+    }
+
+
+def _parts() -> dict:
+    """Return a selective layer with each choice of what depends on the token."""
+    layer = {**SELECTIVE_LAYER, **STEPS, "layers": 1}
+    return {
+        "none": {**layer, "selective": []},
+        "B": {**layer, "selective": ["B"]},
+        "C": {**layer, "selective": ["C"]},
+        "B and C": {**layer, "selective": ["B", "C"]},
+        "Δ": {**layer, "selective": ["dt"]},
+        "Δ, B and C": layer,
+        "Δ, B and C, exact": {**layer, "discretization": "zoh"},
+    }
+
 
 EXPERIMENTS = {
     "wall": {
@@ -36,14 +64,15 @@ EXPERIMENTS = {
         "steps": 3000,
         "learning_rates": [3e-3, 1e-2],
         "seeds": [0, 1, 2, 3, 4],
-        "models": {
-            "S4D, 1 layer": {**S4D_LAYER, "layers": 1},
-            "S4D, 2 layers": {**S4D_LAYER, "layers": 2},
-            "S4D, 4 layers": {**S4D_LAYER, "layers": 4},
-            "LSTM, 1 layer": {"layer": "LSTM", "hidden": 48, "layers": 1},
-            "selective, 1 layer": {**SELECTIVE_LAYER, "layers": 1},
-            "selective, 2 layers": {**SELECTIVE_LAYER, "layers": 2},
-        },
+        "models": _contestants(**STEPS),
+    },
+    "wall_long": {
+        **LONG_TASK,
+        "batch": 64,
+        "steps": 2000,
+        "learning_rates": [3e-3, 1e-2],
+        "seeds": [0, 1, 2, 3, 4],
+        "models": _contestants(),
     },
     "selection": {
         **TASK,
@@ -51,15 +80,7 @@ EXPERIMENTS = {
         "steps": 2000,
         "learning_rates": [1e-2],
         "seeds": [0, 1, 2, 3, 4],
-        "models": {
-            "none": {**SELECTIVE_LAYER, "layers": 1, "selective": []},
-            "B": {**SELECTIVE_LAYER, "layers": 1, "selective": ["B"]},
-            "C": {**SELECTIVE_LAYER, "layers": 1, "selective": ["C"]},
-            "B and C": {**SELECTIVE_LAYER, "layers": 1, "selective": ["B", "C"]},
-            "Δ": {**SELECTIVE_LAYER, "layers": 1, "selective": ["dt"]},
-            "Δ, B and C": {**SELECTIVE_LAYER, "layers": 1},
-            "Δ, B and C, exact": {**SELECTIVE_LAYER, "layers": 1, "discretization": "zoh"},
-        },
+        "models": _parts(),
     },
 }
 LAYERS = {"S4D": S4D, "selective": SelectiveLayer, "LSTM": LSTMLayer}
