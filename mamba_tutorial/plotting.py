@@ -604,6 +604,37 @@ def bars(
     return figure
 
 
+def spread(
+    panels: Panels, *, xlabel: str, log: bool = False, marks: Mapping[str, float] | None = None
+) -> Figure:
+    """Draw the results of several seeds: a dot for each and a bar at their mean, row by row.
+
+    Args:
+        panels: for each panel its title and its rows, {title: {label: results}}.
+        xlabel: label of the x axes.
+        log: make the x axes logarithmic where results differ by more than a factor of ten.
+        marks: for a panel's title, where to draw a dashed line.
+    """
+    rows = max(map(len, panels.values()))
+    figure, axes = _subplots(0.24 * rows + 0.9, columns=len(panels), sharey=len(panels) > 1)
+    for ax, (title, groups) in zip(axes, panels.items(), strict=True):
+        for row, results in enumerate(groups.values()):
+            results = np.asarray(results, dtype=float)
+            ax.plot(results, np.full(len(results), row), "o", color=BLUE, ms=4.5, alpha=0.6)
+            ax.plot(results.mean(), row, "|", color=ORANGE, ms=14, mew=2.2)
+        if marks and title in marks:
+            ax.axvline(marks[title], color=INK, linestyle="--", linewidth=1)
+        ax.set(title=title, xlabel=xlabel, yticks=range(len(groups)), yticklabels=list(groups))
+        ax.set_ylim(rows - 0.5, -0.5)
+        ax.tick_params(axis="y", length=0)
+        ax.grid(axis="y", color=PALE, linewidth=0.8)
+        ax.set_axisbelow(True)
+        values = np.concatenate([np.asarray(results) for results in groups.values()])
+        if log and values.max() > 10 * values.min():
+            ax.set_xscale("log")
+    return figure
+
+
 def register_tile() -> Figure:
     """Draw how a tile of the fused scan lies in a warp: 32 threads, each with its registers."""
     figure, (ax,) = _subplots(3.3)

@@ -40,6 +40,12 @@ PICTURES = {
     "bars": lambda: plotting.bars(
         {"one": {"a": 1.0, "b": 2.0}, "two": {"a": float("nan")}}, xlabel="x", mark=1.5, unit=" s"
     ),
+    "spread": lambda: plotting.spread(
+        {"a": {"u": [0.1, 0.2], "v": [0.3]}, "b": {"u": [0.5], "v": [1.0]}},
+        xlabel="x",
+        log=True,
+        marks={"a": 0.2},
+    ),
     "register_tile": plotting.register_tile,
     "shared_channels": plotting.shared_channels,
     "scan_levels": plotting.scan_levels,
