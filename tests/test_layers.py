@@ -1,0 +1,44 @@
+"""The layers that are compared: their formula, and that nothing flows back in time."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mamba_tutorial import S4D
+from mamba_tutorial.layers import LSTMLayer, SelectiveLayer, network
+
+LAYERS = {
+    "LSTM": partial(LSTMLayer, hidden=6),
+    "selective": partial(SelectiveLayer, d_state=4, dt_rank=2),
+    "S4D": partial(S4D, d_state=4),
+}
+
+
+def test_a_selective_layer_is_norm_memory_gelu_mixing_and_residual():
+    torch.manual_seed(0)
+    layer, x = SelectiveLayer(8, 4, 2), torch.randn(2, 9, 8)
+    memory, _ = layer.ssm(F.layer_norm(x, (8,)))
+    value, gate = F.linear(F.gelu(memory), layer.mix.weight, layer.mix.bias).chunk(2, -1)
+    torch.testing.assert_close(layer(x), x + value * torch.sigmoid(gate))
+
+
+def test_an_lstm_begins_with_an_open_memory():
+    torch.manual_seed(0)
+    layer = LSTMLayer(8, 6)
+    assert (layer.lstm.bias_hh_l0[6:12] == 2).all()
+    assert (layer.lstm.bias_hh_l0[:6].abs() < 1).all()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_network_maps_tokens_to_logits_and_looks_at_the_past_alone(name):
+    torch.manual_seed(0)
+    model = network(LAYERS[name], 8, vocab=5, layers=2)
+    assert len(model.layers) == 2
+    tokens = torch.randint(5, (3, 12))
+    logits = model(tokens)
+    assert logits.shape == (3, 12, 5)
+    changed = torch.cat([tokens[:, :7], (tokens[:, 7:] + 1) % 5], 1)
+    torch.testing.assert_close(model(changed)[:, :7], logits[:, :7])
+    assert not torch.allclose(model(changed)[:, 7:], logits[:, 7:])
