@@ -8,7 +8,9 @@ it at any time, and start it again with the same command.
 """
 
 import argparse
+import copy
 import json
+import math
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,10 +20,17 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from mamba_tutorial import tasks
+from mamba_tutorial import data, tasks
 from mamba_tutorial._check import check_choice
-from mamba_tutorial.layers import LSTMLayer, SelectiveLayer, network
-from mamba_tutorial.s4 import S4D
+from mamba_tutorial.layers import (
+    BilinearS4D,
+    GRULayer,
+    HeldS4,
+    LSTMLayer,
+    SelectiveLayer,
+    network,
+)
+from mamba_tutorial.s4 import S4, S4D, SequenceModel
 from mamba_tutorial.training import accuracy, environment, train
 
 TASK = {"task": "selective_copying", "data": 4, "noise": 44, "vocab": 10}
@@ -40,6 +49,21 @@ def _contestants(**steps: float) -> dict:
         "LSTM, 1 layer": {"layer": "LSTM", "hidden": 48, "layers": 1},
         "selective, 1 layer": {**SELECTIVE_LAYER, **steps, "layers": 1},
         "selective, 2 layers": {**SELECTIVE_LAYER, **steps, "layers": 2},
+    }
+
+
+def _readers() -> dict:
+    """Return the models that read digits; they differ in layer, rule and eigenvalues."""
+    size = {"d_state": 16, "dt_min": 1e-2, "dt_max": 0.3, "layers": 2}
+    return {
+        "S4D": {"layer": "S4D", "init": "legs", **size},
+        "S4": {"layer": "S4", **size},
+        "S4D, bilinear": {"layer": "S4D, bilinear", "init": "legs", **size},
+        "S4, zero-order hold": {"layer": "S4, zero-order hold", **size},
+        "S4D, random A": {"layer": "S4D", "init": "random", **size},
+        "S4D, random A, Re = -1/2": {"layer": "S4D", "init": "random, slow", **size},
+        "S4D, real A": {"layer": "S4D", "init": "real", **size},
+        "GRU": {"layer": "GRU", "hidden": 24, "layers": 2},
     }
 
 
@@ -82,9 +106,25 @@ EXPERIMENTS = {
         "seeds": [0, 1, 2, 3, 4],
         "models": _parts(),
     },
+    "digits": {
+        "task": "digits",
+        "batch": 64,
+        "steps": 300,
+        "learning_rates": [1e-2],
+        "seeds": [0, 1, 2, 3, 4],
+        "models": _readers(),
+    },
 }
-LAYERS = {"S4D": S4D, "selective": SelectiveLayer, "LSTM": LSTMLayer}
-D_MODEL, TESTED, EVALUATIONS = 64, 2048, 20
+LAYERS = {
+    "S4D": S4D,
+    "S4D, bilinear": BilinearS4D,
+    "S4": S4,
+    "S4, zero-order hold": HeldS4,
+    "selective": SelectiveLayer,
+    "LSTM": LSTMLayer,
+    "GRU": GRULayer,
+}
+D_MODEL, DIGITS_MODEL, TESTED, EVALUATIONS = 64, 48, 2048, 20
 
 
 def quick(configuration: dict) -> dict:
@@ -93,25 +133,49 @@ def quick(configuration: dict) -> dict:
     return {**configuration, **few}
 
 
-def build(model: dict, vocab: int) -> nn.Module:
-    """Return the network that an entry of "models" describes."""
-    arguments = dict(model)
+def build(configuration: dict, name: str, seed: int) -> nn.Module:
+    """Return the network that an entry of "models" describes, as it starts with this seed."""
+    arguments = dict(configuration["models"][name])
     kind, layers = LAYERS[arguments.pop("layer")], arguments.pop("layers")
+    if arguments.get("init", "").startswith("random"):
+        slow = arguments["init"] == "random, slow"
+        arguments["init"] = random_eigenvalues(arguments["d_state"], seed, slow=slow)
+    torch.manual_seed(seed)
+    if configuration["task"] == "digits":
+        stack = [kind(DIGITS_MODEL, **arguments) for _ in range(layers)]
+        encoder, decoder = nn.Linear(1, DIGITS_MODEL), nn.Linear(DIGITS_MODEL, 10)
+        return SequenceModel(encoder, stack, decoder, pool=False)
+    vocab = configuration["vocab"]
     return network(lambda d_model: kind(d_model, **arguments), D_MODEL, vocab=vocab, layers=layers)
+
+
+def random_eigenvalues(d_state: int, seed: int, *, slow: bool) -> torch.Tensor:
+    """Return d_state/2 eigenvalues of a large random matrix, moved to the left half-plane.
+
+    Args:
+        d_state: the size of the state.
+        seed: of the matrix.
+        slow: give all of them the real part −½, as those of LegS have, and keep the frequencies.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(4 * d_state, 4 * d_state, generator=generator)
+    values = torch.linalg.eigvals(matrix)
+    upper = values[values.imag > 0][: d_state // 2]
+    real = torch.full_like(upper.real, 0.5) if slow else upper.real.abs()
+    return torch.complex(-real, upper.imag)
 
 
 def run(configuration: dict, name: str, lr: float, seed: int) -> dict:
     """Train one model once; return its part of the record."""
-    torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build(configuration["models"][name], configuration["vocab"]).to(device)
-    sizes = {key: configuration[key] for key in ("data", "noise", "vocab")}
+    model = build(configuration, name, seed).to(device)
+    digits = configuration["task"] == "digits"
+    source = _digits() if digits else _task(configuration)
 
     def batches(generator: torch.Generator, size: int = configuration["batch"]) -> tuple:
-        task = getattr(tasks, configuration["task"])
-        return tuple(tensor.to(device) for tensor in task(size, generator, **sizes))
+        return tuple(tensor.to(device) for tensor in source(size, generator))
 
-    test = batches(torch.Generator().manual_seed(2**31 + seed), TESTED)
+    test = batches(torch.Generator().manual_seed(2**31 + seed), None if digits else TESTED)
     steps = configuration["steps"]
     record = train(
         model,
@@ -123,7 +187,7 @@ def run(configuration: dict, name: str, lr: float, seed: int) -> dict:
         every=max(1, steps // EVALUATIONS),
         name=f"{name}, {lr:g}, seed {seed}",
     )
-    return {
+    result = {
         "model": name,
         "lr": lr,
         "seed": seed,
@@ -131,6 +195,43 @@ def run(configuration: dict, name: str, lr: float, seed: int) -> dict:
         "scores": [[step, round(score, 5)] for step, score in record.scores],
         "seconds": round(record.seconds, 1),
     }
+    if digits and hasattr(model.layers[0], "log_dt"):
+        result["dense, half the step"] = round(_at_half_the_step(model, *test), 5)
+    return result
+
+
+def _task(configuration: dict) -> Callable:
+    sizes = {key: configuration[key] for key in ("data", "noise", "vocab")}
+    task = getattr(tasks, configuration["task"])
+    return lambda size, generator: task(size, generator, **sizes)
+
+
+def _digits() -> Callable:
+    """Return batches of images as pixels, to be named at the last one; without a size, new ones."""
+    pixels, labels = data.handwritten_digits()
+    sequences = pixels.reshape(-1, 64, 1) - pixels.mean()
+    targets = torch.full((len(labels), 64), tasks.IGNORE)
+    targets[:, -1] = labels
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    training, new = order[:1400], order[1400:]
+
+    def batches(size: int | None, generator: torch.Generator) -> tuple:
+        if size is None:
+            return sequences[new], targets[new]
+        chosen = training[torch.randint(len(training), (size,), generator=generator)]
+        return sequences[chosen], targets[chosen]
+
+    return batches
+
+
+def _at_half_the_step(model: nn.Module, x: torch.Tensor, targets: torch.Tensor) -> float:
+    """Return the accuracy with every pixel read twice and every Δ halved."""
+    model = copy.deepcopy(model)
+    for layer in model.layers:
+        layer.log_dt.data -= math.log(2)
+    silent = torch.full_like(targets, tasks.IGNORE)
+    twice = torch.stack([silent, targets], dim=2).flatten(1)
+    return accuracy(model, x.repeat_interleave(2, dim=1), twice)
 
 
 def missing(configuration: dict, runs: list[dict]) -> Iterator[tuple[str, float, int]]:

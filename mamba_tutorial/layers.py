@@ -1,7 +1,8 @@
 """Layers to compare, of one build: x + GLU(W · GELU(memory(norm(x)))), each with another memory.
 
 `S4` and `S4D` in `mamba_tutorial.s4` are built so, and `SelectiveLayer` is; `LSTMLayer` has what an
-LSTM needs instead, which is less. `network` stacks them between an embedding and a decoder.
+LSTM needs instead, which is less; so has `GRULayer`. `BilinearS4D` and `HeldS4` are S4D and S4 with
+the other one's rule of discretisation. `network` stacks layers between an embedding and a decoder.
 """
 
 from collections.abc import Callable, Collection
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mamba_tutorial.s4 import SequenceModel
+from mamba_tutorial.discretize import bilinear, zoh
+from mamba_tutorial.s4 import S4, S4D, SequenceModel, diagonal_kernel
 from mamba_tutorial.selective import Discretization, SelectiveSSM
 
 Tokens = Float[Tensor, "batch length d_model"]
@@ -67,6 +69,48 @@ class LSTMLayer(nn.Module):
     def forward(self, x: Tokens) -> Tokens:
         """Run over a whole sequence."""
         return x + self.out(self.lstm(self.norm(x))[0])
+
+
+class GRULayer(nn.Module):
+    """x + W · GRU(norm(x)), with a GRU of `hidden` cells (Cho et al. 2014)."""
+
+    def __init__(self, d_model: int, hidden: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(d_model)
+        self.gru = nn.GRU(d_model, hidden, batch_first=True)
+        self.out = nn.Linear(hidden, d_model)
+
+    def forward(self, x: Tokens) -> Tokens:
+        """Run over a whole sequence."""
+        return x + self.out(self.gru(self.norm(x))[0])
+
+
+class BilinearS4D(S4D):
+    """S4D by the bilinear rule instead of the zero-order hold, for whole sequences."""
+
+    def kernel(self, length: int) -> Float[Tensor, "d_model length"]:
+        """Return the convolution kernel of each channel."""
+        A = torch.complex(-self.log_A_real.exp(), self.A_imag)
+        A_bar, B_bar = bilinear(A, torch.ones_like(A), self.dt, diagonal=True)
+        return diagonal_kernel(A_bar, torch.view_as_complex(self.C) * B_bar, length)
+
+
+class HeldS4(S4):
+    """S4 by the zero-order hold instead of the bilinear rule, for whole sequences.
+
+    The rule needs the exponential of a dense matrix for each channel, and the kernel its powers.
+    """
+
+    def kernel(self, length: int) -> Float[Tensor, "d_model length"]:
+        """Return the convolution kernel of each channel."""
+        Lambda, P, B, C = self.modes()
+        A = torch.diag_embed(Lambda) - P[..., None] * P.conj()[..., None, :]
+        A_bar, h = zoh(A, B[..., None], self.dt)
+        taps = []
+        for _ in range(length):
+            taps.append((C[..., None, :] @ h)[..., 0, 0].real)
+            h = A_bar @ h
+        return torch.stack(taps, dim=-1)
 
 
 def network(

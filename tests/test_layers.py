@@ -6,13 +6,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mamba_tutorial import S4D
-from mamba_tutorial.layers import LSTMLayer, SelectiveLayer, network
+from mamba_tutorial import S4D, bilinear, zoh
+from mamba_tutorial.layers import (
+    BilinearS4D,
+    GRULayer,
+    HeldS4,
+    LSTMLayer,
+    SelectiveLayer,
+    network,
+)
 
 LAYERS = {
     "LSTM": partial(LSTMLayer, hidden=6),
     "selective": partial(SelectiveLayer, d_state=4, dt_rank=2),
+    "GRU": partial(GRULayer, hidden=6),
     "S4D": partial(S4D, d_state=4),
+    "S4D, bilinear": partial(BilinearS4D, d_state=4),
+    "S4, zero-order hold": partial(HeldS4, d_state=4),
 }
 
 
@@ -42,3 +52,22 @@ def test_a_network_maps_tokens_to_logits_and_looks_at_the_past_alone(name):
     changed = torch.cat([tokens[:, :7], (tokens[:, 7:] + 1) % 5], 1)
     torch.testing.assert_close(model(changed)[:, :7], logits[:, :7])
     assert not torch.allclose(model(changed)[:, 7:], logits[:, 7:])
+
+
+@pytest.mark.parametrize(("kind", "rule"), [(BilinearS4D, bilinear), (HeldS4, zoh)])
+def test_the_other_rule_is_the_rule_of_a_dense_system(kind, rule):
+    torch.manual_seed(0)
+    layer = kind(3, 4).double()
+    if kind is HeldS4:
+        Lambda, P, B, C = layer.modes()
+        A = torch.diag_embed(Lambda) - P[..., None] * P.conj()[..., None, :]
+    else:
+        half = torch.complex(-layer.log_A_real.exp(), layer.A_imag)
+        A = torch.diag_embed(torch.cat([half, half.conj()], -1))
+        C = torch.view_as_complex(layer.C)
+        B, C = torch.ones_like(A[..., 0]), torch.cat([C, C.conj()], -1)
+    A_bar, B_bar = rule(A, B[..., None], layer.dt)
+    taps = [
+        (C[:, None] @ torch.linalg.matrix_power(A_bar, k) @ B_bar)[:, 0, 0].real for k in range(6)
+    ]
+    torch.testing.assert_close(layer.kernel(6), torch.stack(taps, -1))
