@@ -99,6 +99,41 @@ def test_exercises_have_tested_solutions(path):
         assert any("assert" in c.source for c in solution if c.cell_type == "code")
 
 
+def table(title):
+    """The rows of the table under a heading of the notation page, as lists of cells."""
+    section = (
+        (BOOK / "notation.md").read_text("utf-8").split(f"\n## {title}\n")[1].split("\n## ")[0]
+    )
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+
+
+def text_of_chapter(number):
+    path = next(BOOK.glob(f"{number:02}_*.ipynb"))
+    cells = nbformat.read(path, as_version=4).cells
+    return "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+def test_every_symbol_of_the_notation_is_used():
+    text = "\n".join(text_of_chapter(number) for number in range(1, 11))
+    for title in ("The model", "The selective model", "Around the model"):
+        for row in table(title):
+            for symbol in re.findall(r"\$([^$]+)\$", row[0]):
+                core = symbol.split("=")[0].strip()
+                assert core in text or core.replace(" ", "") in text.replace(" ", ""), symbol
+
+
+def test_letters_with_two_meanings_are_used_where_the_notation_says():
+    commands = {"tilde": r"\tilde", "bar": r"\bar"}
+    for letter, *meanings in table("Letters that mean two things"):
+        pattern = commands.get(letter) or letter.strip("$")
+        for numbers in re.findall(r"chapters? (\d+)(?: and (\d+))?", " ".join(meanings)):
+            for number in filter(None, numbers):
+                text = text_of_chapter(int(number)).replace("$$", "$")
+                formulae = re.findall(r"\$[^$]+\$", text)
+                assert any(pattern in formula for formula in formulae), (letter, number)
+
+
 class Page(HTMLParser):
     """The addresses that a page loads by itself, those it links to, and its anchors."""
 
