@@ -19,9 +19,7 @@ def test_the_recorded_runs_are_all_runs_of_the_configuration(name):
     assert not list(experiments.missing(EXPERIMENTS[name], record["runs"]))
     for run in record["runs"]:
         assert run["scores"][-1][0] == EXPERIMENTS[name]["steps"]
-        model = experiments.build(
-            EXPERIMENTS[name]["models"][run["model"]], EXPERIMENTS[name]["vocab"]
-        )
+        model = experiments.build(EXPERIMENTS[name], run["model"], run["seed"])
         assert run["parameters"] == sum(p.numel() for p in model.parameters())
     assert len(EXPERIMENTS[name]["seeds"]) >= 5
 
