@@ -176,20 +176,6 @@ def images(panels: Mapping[str, ArrayLike], sequence: ArrayLike, xlabel: str) ->
     return figure
 
 
-def eigenvalues(panels: Mapping[str, ArrayLike]) -> Figure:
-    """Draw complex eigenvalues, one panel for each set."""
-    figure, axes = _subplots(2.9, columns=len(panels))
-    for ax, (title, values) in zip(axes, panels.items(), strict=True):
-        values = np.asarray(values)
-        ax.plot(values.real, values.imag, "o", color=BLUE, ms=4)
-        ax.axvline(0, color=GREY, lw=0.8)
-        ax.axhline(0, color=GREY, lw=0.8)
-        ax.set(title=title, xlabel="Re")
-        ax.margins(x=0.15)
-    axes[0].set_ylabel("Im")
-    return figure
-
-
 def maze(walls: Sequence[str], paths: Mapping[str, Sequence[tuple[int, int]]]) -> Figure:
     """Draw a maze, given as rows of "#" (wall) and "." (floor), and labelled walks through it."""
     rows, columns = len(walls), len(walls[0])

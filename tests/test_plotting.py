@@ -20,7 +20,6 @@ PICTURES = {
     ),
     "matrices": lambda: plotting.matrices({"a": np.eye(3), "b": -np.eye(2)}, bar=True),
     "images": lambda: plotting.images({"a": np.eye(3), "b": np.eye(3)}, T, "pixel"),
-    "eigenvalues": lambda: plotting.eigenvalues({"a": [1j, -1j], "b": [-1.0]}),
     "maze": lambda: plotting.maze(["####", "#..#", "####"], {"a": [(1, 1), (1, 2)]}),
     "block_diagram": plotting.block_diagram,
     "crossing": lambda: plotting.crossing(T, {"up": T, "down": 1 - T}, at=(0.5, 0.5)),
