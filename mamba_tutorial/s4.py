@@ -212,15 +212,23 @@ def dplr_kernel(
 def _dplr_kernel(
     Lambda: Tensor, P: Tensor, B: Tensor, C_truncated: Tensor, dt: Tensor, length: int
 ) -> Tensor:
+    spectrum = _SPECTRUM(*_cauchy_terms(Lambda, P, B, C_truncated, dt, length))
+    return torch.fft.irfft(spectrum, n=length)
+
+
+def _cauchy_terms(
+    Lambda: Tensor, P: Tensor, B: Tensor, C_truncated: Tensor, dt: Tensor, length: int
+) -> tuple[Tensor, ...]:
+    """Return what `_SPECTRUM` takes."""
     angle = 2 * math.pi * torch.arange(length // 2 + 1, device=P.device).double() / length
     # 1 − z and 1 + z from half angles, or small angles would cancel
     minus = torch.complex(2 * torch.sin(angle / 2) ** 2, torch.sin(angle)).to(P)
     plus = torch.complex(torch.cos(angle / 2) ** 2, -torch.sin(angle) / 2).to(P)  # (1 + z) / 2
-    products = C_truncated * B, C_truncated * P, P.conj() * B, P.conj() * P
+    row = P.conj_physical()
+    products = C_truncated * B, C_truncated * P, row * B, row * P
     *products, Lambda, dt = torch.broadcast_tensors(*products, Lambda, dt[..., None])
     weights = torch.stack(products, dim=-2)
-    spectrum = _SPECTRUM(Lambda.contiguous(), weights, dt[..., 0].contiguous(), minus, plus)
-    return torch.fft.irfft(spectrum, n=length)
+    return Lambda.contiguous(), weights, dt[..., 0].contiguous(), minus, plus
 
 
 def _kernel_length(length: int, channels: int) -> int:
@@ -275,10 +283,6 @@ def _truncate(C: Tensor, A_bar: Tensor, length: int) -> Tensor:
     return C - (C.unsqueeze(-2) @ torch.linalg.matrix_power(A_bar, length)).squeeze(-2)
 
 
-# C̃ of A = diag(Λ) − P P* as an operator: (Λ, P, C, Δ, length), the modes (…, n), Δ (…). In double
-# precision inside, for Ā^length has the rounding of Ā length-fold.
-
-
 def _bilinear_matrix(Lambda: Tensor, P: Tensor, dt: Tensor) -> Tensor:
     """Return the dense Ā = 2 (I − Δ/2 A)⁻¹ − I, in double precision; see `_bilinear_dplr`."""
     Lambda, P, dt = Lambda.to(torch.complex128), P.to(torch.complex128), dt.double()
@@ -287,15 +291,12 @@ def _bilinear_matrix(Lambda: Tensor, P: Tensor, dt: Tensor) -> Tensor:
 
 
 def _truncate_dplr(Lambda: Tensor, P: Tensor, C: Tensor, dt: Tensor, length: int) -> Tensor:
+    """Return C̃; in double precision inside, for Ā^length has the rounding of Ā length-fold."""
     A_bar = _bilinear_matrix(Lambda, P, dt)
     return _truncate(C.to(A_bar), A_bar, length).to(C)
 
 
-def _truncate_dplr_gradient(wanted, upstream, inputs, kept) -> tuple[Tensor | None, ...]:
-    return *_TRUNCATE_GRADIENTS(*upstream, *inputs), None
-
-
-def _run_truncate_dplr_gradients(
+def _truncate_dplr_gradients(
     d: Tensor, Lambda: Tensor, P: Tensor, C: Tensor, dt: Tensor, length: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """By the chain rule, from C̃ to Ā^length, through its squarings to Ā, to Δ/2 A, to Λ, P and Δ.
@@ -328,26 +329,6 @@ def _run_truncate_dplr_gradients(
 
 def _adjoint(matrix: Tensor) -> Tensor:
     return matrix.mT.conj_physical()
-
-
-_TRUNCATE = register(
-    "dplr_truncate",
-    "(Tensor Lambda, Tensor P, Tensor C, Tensor dt, SymInt length) -> Tensor",
-    run=lambda *given: _truncate_dplr(*given).contiguous(),
-    like=lambda Lambda, P, C, dt, length: C.new_empty(C.shape),
-    definition=_truncate_dplr,
-    gradient=_truncate_dplr_gradient,
-)
-_TRUNCATE_GRADIENTS = register(
-    "dplr_truncate_backward",
-    "(Tensor d, Tensor Lambda, Tensor P, Tensor C, Tensor dt, SymInt length)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    run=_run_truncate_dplr_gradients,
-    like=lambda d, *inputs: tuple(tensor.new_empty(tensor.shape) for tensor in inputs[:4]),
-    definition=lambda d, *inputs: tuple(
-        vjp(_truncate_dplr, (True, True, True, True, False), (d,), inputs)[:4]
-    ),
-)
 
 
 # K̂ at the roots of unity as an operator: (Λ, weights, Δ, 1 − z, (1 + z)/2), with Λ (…, n), weights
@@ -429,6 +410,87 @@ def _blocks(roots: int, weights: Tensor) -> Iterator[slice]:
     most = CAUCHY_BLOCK.get(weights.device.type, CAUCHY_BLOCK["cpu"])
     size = max(1, most // (weights.numel() // 4))
     return (slice(start, start + size) for start in range(0, roots, size))
+
+
+# S4's kernel as an operator: (Λ, P, B, C, Δ, length), of each pair of conjugate modes one. It
+# returns K̄ and, for the gradient, C̃.
+
+
+def _pairs_kernel(
+    Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    Lambda, P, B, C = (_both(mode) for mode in (Lambda, P, B, C))
+    C_truncated = _truncate_dplr(Lambda, P, C, dt, length)
+    return _dplr_kernel(Lambda, P, B, C_truncated, dt, length), C_truncated
+
+
+def _pairs_kernel_gradient(wanted, upstream, inputs, kept) -> tuple[Tensor | None, ...]:
+    return *_PAIRS_KERNEL_GRADIENTS(upstream[0], *kept, *inputs), None
+
+
+def _run_pairs_kernel_gradients(
+    d: Tensor,
+    C_truncated: Tensor,
+    Lambda: Tensor,
+    P: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt: Tensor,
+    length: int,
+) -> tuple[Tensor, ...]:
+    """By the chain rule, from K̄ to K̂, to its sums, to C̃, and from each mode to its pair."""
+    Lambda, P, B, C = (_both(mode) for mode in (Lambda, P, B, C))
+    terms = _cauchy_terms(Lambda, P, B, C_truncated, dt, length)
+    spectrum = torch.fft.rfft(d) * (2 / length)
+    spectrum[..., 0] /= 2  # the other roots stand for their conjugates, too,
+    if length % 2 == 0:
+        spectrum[..., -1] /= 2  # but for z = −1
+    dLambda, dweights, ddt = _run_spectrum_gradients(spectrum, *terms)
+    CB, CP, PB, PP = dweights.unbind(-2)
+    row, output = P.conj_physical(), C_truncated.conj_physical()
+    dB = CB * output + PB * P
+    dP = CP * output + PB.conj_physical() * B + 2 * PP.real * P
+    through = _truncate_dplr_gradients(CB * B.conj_physical() + CP * row, Lambda, P, C, dt, length)
+    found = dLambda + through[0], dP + through[1], dB, through[2]
+    return *(_folded(gradient) for gradient in found), ddt + through[3]
+
+
+def _both(half: Tensor) -> Tensor:
+    """Return the modes and their conjugates."""
+    return torch.cat([half, half.conj_physical()], dim=-1)
+
+
+def _folded(gradient: Tensor) -> Tensor:
+    """Return the gradients of one mode of each pair, given those of both."""
+    one, other = gradient.chunk(2, dim=-1)
+    return one + other.conj_physical()
+
+
+_PAIRS_KERNEL = register(
+    "dplr_kernel",
+    "(Tensor Lambda, Tensor P, Tensor B, Tensor C, Tensor dt, SymInt length) -> (Tensor, Tensor)",
+    run=_pairs_kernel,
+    like=lambda Lambda, P, B, C, dt, length: (
+        dt.new_empty(*dt.shape, length),
+        C.new_empty(*C.shape[:-1], 2 * C.shape[-1]),
+    ),
+    definition=_pairs_kernel,
+    gradient=_pairs_kernel_gradient,
+    kept=(1,),
+    hidden=1,
+)
+_PAIRS_KERNEL_GRADIENTS = register(
+    "dplr_kernel_backward",
+    "(Tensor d, Tensor C_truncated, Tensor Lambda, Tensor P, Tensor B, Tensor C, Tensor dt,"
+    " SymInt length) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    run=_run_pairs_kernel_gradients,
+    like=lambda d, C_truncated, *inputs: tuple(
+        tensor.new_empty(tensor.shape) for tensor in inputs[:5]
+    ),
+    definition=lambda d, C_truncated, *inputs: tuple(
+        vjp(_pairs_kernel, (True,) * 5 + (False,), (d, None), inputs)[:5]
+    ),
+)
 
 
 # The matrices of a recurrence, by the state that it has reached; see `_Layer.step`.
@@ -645,11 +707,14 @@ class S4(_Layer):
         self.P, self.B = learned(start.P), learned(start.B)
         self.C = nn.Parameter(torch.randn(d_model, half, 2) * 0.5**0.5)
 
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return Λ, P, B and C of all channels, (d_model, d_state/2) each, one of every pair."""
+        Lambda = _eigenvalues(self.log_A_real, self.A_imag)
+        return Lambda, *(_complex(mode) for mode in (self.P, self.B, self.C))
+
     def modes(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return Λ, P, B and C of all channels, (d_model, d_state) each, both of every pair."""
-        Lambda = _eigenvalues(self.log_A_real, self.A_imag)
-        halves = [Lambda, *map(_complex, (self.P, self.B, self.C))]
-        return tuple(torch.cat([half, half.conj()], dim=-1) for half in halves)
+        return tuple(_both(mode) for mode in self.pairs())
 
     def discrete(self) -> tuple[Complex[Tensor, "d_model n n"], Complex[Tensor, "d_model n 1"]]:
         """Return the dense Ā and B̄ of all channels, in double precision."""
@@ -661,9 +726,7 @@ class S4(_Layer):
     def kernel(self, length: int) -> Float[Tensor, "d_model length"]:
         """Return the convolution kernel of each channel."""
         length = _kernel_length(length, len(self.D))
-        Lambda, P, B, C = self.modes()
-        C_truncated = _TRUNCATE(Lambda, P, C, self.dt, length)
-        return _dplr_kernel(Lambda, P, B, C_truncated, self.dt, length)
+        return _PAIRS_KERNEL(*self.pairs(), self.dt, length)[0]
 
     def recurrence(self) -> tuple[Tensor, ...]:
         """Return what a step needs, (d_model, n) each: see `_bilinear_dplr`; Δ/2 B; C."""

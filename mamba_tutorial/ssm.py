@@ -7,6 +7,7 @@ Discrete:    h_k = Ā h_{k−1} + B̄ x_k,      y_k = C h_k + D x_k        `Disc
 `StateSpace.discretize` leads from the first to the second.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,8 +25,10 @@ from mamba_tutorial._check import (
     check_square,
     check_step,
     check_tensors,
+    wide,
 )
 from mamba_tutorial.discretize import METHODS, matrix_exp_and_exprel
+from mamba_tutorial.ops import register, vjp
 
 Signal = Inexact[Tensor, "*batch length inputs"]
 Output = Inexact[Tensor, "*batch length outputs"]
@@ -264,20 +267,60 @@ def causal_convolution(
     return fft_convolution(x, kernel) if method == "fft" else _direct_convolution(x, kernel)
 
 
-def fft_convolution(x: Tensor, kernel: Tensor) -> Tensor:
-    """Return `causal_convolution` by spectra, without checks; half precision goes by float32."""
-    length, dtype = x.shape[-2], x.dtype
-    if x.numel() == 0:
-        return x * kernel.sum(0)  # nothing, with gradients
-    if dtype in (torch.float16, torch.bfloat16):
-        x = x.float()
-    kernel = kernel[:length].to(x.dtype)
-    size = 1 << (length + len(kernel) - 2).bit_length()  # a power of two is quick
-    forward, backward = (
-        (torch.fft.fft, torch.fft.ifft) if x.is_complex() else (torch.fft.rfft, torch.fft.irfft)
+# `causal_convolution` by spectra as an operator: (x, kernel), without checks. The gradient that
+# PyTorch finds by itself goes through complex transforms, twice as large as the real ones.
+
+
+def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
+    length = x.shape[-2]
+    transform, inverse = _transforms(x, kernel)
+    return inverse(transform(x) * transform(kernel[:length]))[..., :length, :].to(x.dtype)
+
+
+def _convolve_gradient(wanted, upstream, inputs, kept) -> tuple[Tensor, ...]:
+    return _CONVOLVE_GRADIENTS(*upstream, *inputs)
+
+
+def _run_convolve_gradients(d: Tensor, x: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """A delay on the way out is an advance on the way back: the conjugate of its spectrum."""
+    length, channels = x.shape[-2:]
+    transform, inverse = _transforms(x, kernel)
+    of_d = transform(d)
+    dx = inverse(of_d * transform(kernel[:length]).conj_physical())[..., :length, :]
+    of_kernel = (of_d * transform(x).conj_physical()).reshape(-1, of_d.shape[-2], channels).sum(0)
+    dkernel = kernel.new_zeros(kernel.shape)
+    dkernel[:length] = inverse(of_kernel)[: len(dkernel[:length])]
+    return dx.to(x.dtype).contiguous(), dkernel
+
+
+def _transforms(x: Tensor, kernel: Tensor) -> tuple[Callable, Callable]:
+    """Return the Fourier transform and its inverse, long enough that nothing wraps round."""
+    length, dtype = x.shape[-2], wide(x.dtype)
+    size = 1 << (length + min(length, len(kernel)) - 2).bit_length()  # a power of two is quick
+    forward, inverse = torch.fft.rfft, torch.fft.irfft
+    if x.is_complex():
+        dtype, forward, inverse = x.dtype, torch.fft.fft, torch.fft.ifft
+    return (
+        lambda signal: forward(signal.to(dtype), n=size, dim=-2),
+        lambda spectrum: inverse(spectrum, n=size, dim=-2),
     )
-    spectrum = forward(x, n=size, dim=-2) * forward(kernel, n=size, dim=-2)
-    return backward(spectrum, n=size, dim=-2)[..., :length, :].to(dtype)
+
+
+fft_convolution = register(
+    "fft_convolution",
+    "(Tensor x, Tensor kernel) -> Tensor",
+    run=lambda x, kernel: _convolve(x, kernel).contiguous(),
+    like=lambda x, kernel: x.new_empty(x.shape),
+    definition=_convolve,
+    gradient=_convolve_gradient,
+)
+_CONVOLVE_GRADIENTS = register(
+    "fft_convolution_backward",
+    "(Tensor d, Tensor x, Tensor kernel) -> (Tensor, Tensor)",
+    run=_run_convolve_gradients,
+    like=lambda d, x, kernel: (x.new_empty(x.shape), kernel.new_empty(kernel.shape)),
+    definition=lambda d, *inputs: tuple(vjp(_convolve, (True, True), (d,), inputs)),
+)
 
 
 def _direct_convolution(x: Tensor, kernel: Tensor) -> Tensor:

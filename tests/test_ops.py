@@ -97,9 +97,18 @@ def examples():
     yield "diagonal_kernel", (*modes, 13)
     yield "diagonal_kernel_backward", (random(3, 13), *modes)
     for length in (1, 8, 13):
-        given = Lambda - 3, P, C, random(3).exp() / 9, length
-        yield "dplr_truncate", given
-        yield "dplr_truncate_backward", (B, *given)
+        given = Lambda - 3, P, B, C, random(3).exp() / 9, length
+        yield "dplr_kernel", given
+        truncated = OPERATORS["dplr_kernel"](*given)[1]
+        yield "dplr_kernel_backward", (random(3, length), truncated, *given)
+    for taps in (1, 5, 9):
+        signals = random(2, 3, 7, 4), random(taps, 4, seed=1)
+        yield "fft_convolution", signals
+        yield "fft_convolution_backward", (random(2, 3, 7, 4, seed=2), *signals)
+    yield (
+        "fft_convolution",
+        (random(7, 4, dtype=torch.complex64), random(5, 4, dtype=torch.complex64)),
+    )
     yield "dplr_spectrum_backward", (torch.complex(random(3, 5), random(3, 5, seed=1)), *roots)
 
 
