@@ -30,7 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from mamba_tutorial.layers import LSTMLayer, SelectiveLayer
 from mamba_tutorial.mamba import MambaBlock, MambaConfig, MambaLM, StepGraph
+from mamba_tutorial.s4 import S4D
 from mamba_tutorial.scan import linear_scan
 from mamba_tutorial.selective import selective_scan
 from mamba_tutorial.training import environment
@@ -512,6 +514,30 @@ def _step(model: torch.nn.Module, ids: Tensor, logits: Callable) -> Row:
     return {"ms": took, "tokens_per_s": 1e3 * ids.numel() / took, "peak_mib": peak}
 
 
+def layers() -> Iterator[Row]:
+    """A training step of one layer of the wall, 64 channels, 65536 tokens in all, float32."""
+    kinds = {
+        "LSTM": partial(LSTMLayer, hidden=48),
+        "S4D": partial(S4D, d_state=128, init="lin"),
+        "selective": partial(SelectiveLayer, d_state=16, dt_rank=8),
+    }
+    for length in (64, 256, 1024, 4096, 16384, 65536):
+        batch = 65536 // length
+        x = torch.randn(batch, length, 64, device="cuda")
+        for name, kind in kinds.items():
+
+            def step(kind=kind, x=x) -> Row:
+                torch.manual_seed(0)
+                layer = kind(64).cuda()
+                weights = list(layer.parameters())
+                took, how = milliseconds(
+                    lambda: torch.autograd.grad(layer(x).square().mean(), weights)
+                )
+                return {"both_ms": took, "how": how}
+
+            yield attempt({"batch": batch, "length": length, "name": name}, step)
+
+
 def block() -> Iterator[Row]:
     """Where the time of a whole block goes, forward and backward, kernel by kernel.
 
@@ -539,7 +565,7 @@ def block() -> Iterator[Row]:
 
 SECTIONS = {
     section.__name__: section
-    for section in (recurrence, selective, attention, decode, generation, training, block)
+    for section in (recurrence, selective, attention, decode, generation, training, layers, block)
 }
 
 

@@ -19,6 +19,7 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.ticker import NullFormatter
+from matplotlib.transforms import ScaledTranslation
 from numpy.typing import ArrayLike
 
 INK, BLUE, ORANGE, TEAL, PLUM, GREY = (
@@ -106,6 +107,7 @@ def curves(
     ylabel: str,
     log: str = "",
     markers: bool = False,
+    mark: float | None = None,
     height: float = 3.1,
 ) -> Figure:
     """Draw panels of labelled curves side by side.
@@ -117,6 +119,7 @@ def curves(
         ylabel: label of the first y axis.
         log: the axes that are logarithmic, "x", "y" or "xy".
         markers: mark each value.
+        mark: where on the x axes to draw a dashed line.
         height: height of the picture in inches.
     """
     figure, axes = _subplots(height, columns=len(panels))
@@ -126,12 +129,16 @@ def curves(
             values = np.asarray(values)
             ax.plot(x[: len(values)], values, label=label, marker=marker if markers else "", ms=4)
         ax.set(title=title, xlabel=xlabel)
+        if mark is not None:
+            ax.axvline(mark, color=INK, linestyle="--", linewidth=1)
         if "x" in log:
             ax.set_xscale("log")
         if "y" in log:
             ax.set_yscale("log")
-        if len(lines) > 1:
+        if 1 < len(lines) < 4:
             ax.legend()
+        elif len(lines) > 3:
+            _legend_below(ax, columns=2 if len(panels) > 1 else 4 - len(lines) % 2)
     axes[0].set_ylabel(ylabel)
     return figure
 
@@ -176,8 +183,18 @@ def images(panels: Mapping[str, ArrayLike], sequence: ArrayLike, xlabel: str) ->
     return figure
 
 
-def maze(walls: Sequence[str], paths: Mapping[str, Sequence[tuple[int, int]]]) -> Figure:
-    """Draw a maze, given as rows of "#" (wall) and "." (floor), and labelled walks through it."""
+def maze(
+    walls: Sequence[str],
+    paths: Mapping[str, Sequence[tuple[int, int]]],
+    future: Sequence[tuple[int, int]],
+) -> Figure:
+    """Draw walks through a maze that meet in one cell, and the one walk that both take from there.
+
+    Args:
+        walls: rows of "#" (wall) and "." (floor).
+        paths: the labelled walks, as cells (row, column); all end where `future` begins.
+        future: the cells from there on.
+    """
     rows, columns = len(walls), len(walls[0])
     figure, (ax,) = _subplots(2.9)
     for r, row in enumerate(walls):
@@ -188,12 +205,14 @@ def maze(walls: Sequence[str], paths: Mapping[str, Sequence[tuple[int, int]]]) -
         r, c = np.array(cells).T + shift
         (line,) = ax.plot(c, r, label=label, lw=2.4)
         ax.plot(c[0], r[0], "o", color=line.get_color(), ms=9)
-    end = next(iter(paths.values()))[-1]
-    ax.add_patch(Rectangle((end[1] - 0.5, end[0] - 0.5), 1, 1, fill=False, ec=INK, lw=2))
+    r, c = np.array(future).T
+    ax.plot(c, r, label="both, from there on", lw=2.4)
+    ax.plot(c[-1], r[-1], "s", color=TEAL, ms=9)
+    ax.add_patch(Rectangle((c[0] - 0.5, r[0] - 0.5), 1, 1, fill=False, ec=INK, lw=2))
     ax.annotate(
         "the same state",
-        (end[1], end[0] + 0.5),
-        (end[1], rows - 0.1),
+        (c[0], r[0] + 0.5),
+        (c[0], rows - 0.1),
         ha="center",
         va="top",
         arrowprops={"arrowstyle": "-", "color": INK},
@@ -341,17 +360,24 @@ def one_step(
     return figure
 
 
-def convergence(dt: ArrayLike, panels: Panels) -> Figure:
-    """Draw errors over the step on logarithmic axes, with the slopes for small steps."""
+def convergence(dt: ArrayLike, panels: Panels, exact: float = 1e-12) -> Figure:
+    """Draw errors over the step on logarithmic axes, with the slopes for small steps.
+
+    Errors below `exact` are rounding: they are named in the legend, and not drawn.
+    """
     figure, axes = _subplots(3.4, columns=len(panels), sharey=True)
     for ax, (title, errors) in zip(axes, panels.items(), strict=True):
         for (label, error), marker in zip(errors.items(), ["o", "s", "D", "^"], strict=False):
             slope = np.polyfit(np.log(dt[-3:]), np.log(error[-3:]), 1)[0]
-            text = f"{label}, slope {slope:.1f}" if slope > 0.5 else f"{label}, exact"
-            ax.loglog(dt, error, marker=marker, ms=4, label=text)
-        ax.set(title=title, xlabel=r"step $\Delta$ (s)", ylim=(1e-16, 10))
+            rounding = max(error) < exact
+            text = (
+                f"{label}: exact, below the picture" if rounding else f"{label}: slope {slope:.1f}"
+            )
+            drawn = np.full(len(dt), np.nan) if rounding else error
+            ax.loglog(dt, drawn, marker=marker, ms=4, label=text)
+        ax.set(title=title, xlabel=r"step $\Delta$ (s)")
         ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.legend(loc="center right", bbox_to_anchor=(1.02, 0.32))
+        _legend_below(ax, columns=1)
     axes[0].set_ylabel("largest error")
     return figure
 
@@ -513,35 +539,159 @@ def token_heat(
     return figure
 
 
+def text_heat(
+    text: str, rows: Mapping[str, ArrayLike], *, label: str, span: tuple[float, float]
+) -> Figure:
+    """Draw a text several times, each time on a ground coloured by another quantity of its letters.
+
+    Args:
+        text: the letters; it is broken into two lines.
+        rows: for each quantity its name and its values, (letters,).
+        label: what the colour means.
+        span: the values of the lightest and of the darkest colour, on a logarithmic scale.
+    """
+    figure, axes = _subplots(0.85 * len(rows) + 0.2, rows=len(rows))
+    norm, width = LogNorm(*span, clip=True), len(text) // 2
+    for ax, (name, values) in zip(axes, rows.items(), strict=True):
+        grid = np.asarray(values)[: 2 * width].reshape(2, width)
+        picture = ax.imshow(grid, aspect="auto", cmap=HEAT, norm=norm, interpolation="none")
+        for i, letter in enumerate(text[: 2 * width]):
+            row, column = divmod(i, width)
+            color = "white" if norm(grid[row, column]) > 0.75 else INK
+            place = {"ha": "center", "va": "center_baseline"}
+            ax.text(column, row, letter, family="monospace", fontsize=10, color=color, **place)
+        ax.set_title(name, fontsize=9.5)
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    figure.colorbar(picture, ax=axes, label=label, fraction=0.02, pad=0.01, extend="both")
+    return figure
+
+
 def mamba_block() -> Figure:
-    """Draw the Mamba block: two branches, one of which convolves and scans, one of which gates."""
-    figure, (ax,) = _subplots(3.1)
-    low, high = 0.7, 2.1
-    stations = {"conv": 3.0, "silu": 4.35, "SSM": 5.9}
-    _box(ax, (1.2, 1.4), r"$W_\mathrm{in}$")
-    for name, x in stations.items():
-        _box(ax, (x, high), name, color=ORANGE if name == "SSM" else BLUE, fontsize=11.5)
-    _box(ax, (4.35, low), "silu", fontsize=11.5)
-    _box(ax, (8.9, 1.4), r"$W_\mathrm{out}$")
-    _box(ax, (5.9, 3.3), r"$\Delta,B,C$", color=ORANGE, dashed=True, fontsize=11.5)
-    _sum(ax, (7.4, 1.4), "×")
-    _arrow(ax, (0.2, 1.4), (0.77, 1.4), "$u$", at=(0.0, 1.4))
-    _path(ax, [(1.63, 1.4), (2.05, 1.4), (2.05, high), (2.57, high)])
-    _path(ax, [(2.05, 1.4), (2.05, low), (3.92, low)])
-    _arrow(ax, (3.43, high), (3.92, high))
-    _arrow(ax, (4.78, high), (5.47, high), "$x$", at=(5.28, high - 0.2))
-    _path(ax, [(5.1, high), (5.1, 3.3), (5.47, 3.3)], dashed=True)
-    _arrow(ax, (5.9, 2.97), (5.9, high + 0.33), dashed=True)
-    _path(ax, [(6.33, high), (7.4, high), (7.4, 1.57)])
-    _path(ax, [(4.78, low), (7.4, low), (7.4, 1.23)])
-    _arrow(ax, (7.57, 1.4), (8.47, 1.4))
-    _arrow(ax, (9.33, 1.4), (9.95, 1.4))
-    for at, text in (
-        ((2.9, low + 0.2), "$z$"),
-        ((6.9, high + 0.2), "$y$"),
-    ):
+    """Draw a layer of Mamba: norm, the block's two branches, residual, and the sizes on the lines.
+
+    One branch convolves and scans, the other gates.
+    """
+    figure, (ax,) = _subplots(3.7)
+    low, middle, high, top, under = 0.95, 1.9, 2.85, 4.35, 0.15
+    _box(ax, (1.5, middle), "norm", fontsize=11.0)
+    _box(ax, (2.75, middle), r"$W_\mathrm{in}$")
+    _box(ax, (4.25, high), "conv", fontsize=11.0)
+    _box(ax, (5.45, high), "silu", fontsize=11.0)
+    _box(ax, (8.2, high), "SSM", color=ORANGE, fontsize=11.0)
+    _box(ax, (5.45, low), "silu", fontsize=11.0)
+    _box(ax, (6.4, top), r"$W_x$", color=ORANGE)
+    _box(ax, (8.2, top), r"$W_\Delta$", color=ORANGE)
+    _box(ax, (10.5, middle), r"$W_\mathrm{out}$")
+    _sum(ax, (9.5, middle), "×")
+    _sum(ax, (11.5, middle))
+    _arrow(ax, (0.0, middle), (1.07, middle), "$u$", at=(-0.25, middle))
+    _path(ax, [(0.5, middle), (0.5, under), (11.5, under), (11.5, middle - 0.17)])
+    _arrow(ax, (1.93, middle), (2.32, middle))
+    _path(ax, [(3.18, middle), (3.45, middle), (3.45, high), (3.82, high)])
+    _path(ax, [(3.45, middle), (3.45, low), (5.02, low)])
+    _arrow(ax, (4.68, high), (5.02, high))
+    _arrow(ax, (5.88, high), (7.77, high))
+    _path(ax, [(6.4, high), (6.4, top - 0.33)], dashed=True)
+    _arrow(ax, (6.83, top), (7.77, top), dashed=True)
+    _arrow(ax, (8.2, top - 0.33), (8.2, high + 0.33), dashed=True)
+    _path(ax, [(6.83, top - 0.2), (7.3, top - 0.2), (7.3, high + 0.2), (7.77, high + 0.2)], True)
+    _path(ax, [(8.63, high), (9.5, high), (9.5, middle + 0.17)])
+    _path(ax, [(5.88, low), (9.5, low), (9.5, middle - 0.17)])
+    _arrow(ax, (9.67, middle), (10.07, middle))
+    _arrow(ax, (10.93, middle), (11.33, middle))
+    _arrow(ax, (11.67, middle), (12.4, middle))
+    symbols = (
+        ("$x$", 6.12, high + 0.2),
+        ("$z$", 4.25, low + 0.2),
+        ("$y$", 9.1, high + 0.2),
+        (r"$\Delta$", 8.42, 3.6),
+        ("$B, C$", 6.84, 3.72),
+    )
+    for text, *at in symbols:
         ax.text(*at, text, ha="center", va="center", fontsize=13)
-    ax.set(xlim=(-0.2, 10.1), ylim=(0.2, 3.75), aspect="equal")
+    sizes = (
+        ("d_model", 0.5, middle + 0.25),
+        ("d_model", 12.05, middle + 0.25),
+        ("d_inner", 2.95, high),
+        ("d_inner", 2.95, low),
+        ("d_inner", 9.05, 3.6),
+        ("dt_rank", 7.3, top + 0.22),
+        ("d_state", 6.84, 3.42),
+        ("h: d_inner × d_state", 8.2, high - 0.52),
+        ("the residual connection", 6.0, under + 0.2),
+    )
+    for text, *at in sizes:
+        ax.text(*at, text, ha="center", va="center", fontsize=8.5, color=INK)
+    ax.set(xlim=(-0.5, 12.5), ylim=(0.0, 4.75), aspect="equal")
+    ax.axis("off")
+    return figure
+
+
+def s4_pipeline(Lambda: ArrayLike, roots: ArrayLike, spectrum: ArrayLike, kernel: ArrayLike):
+    """Draw the four stations of S4's kernel: eigenvalues, roots of unity, spectrum, kernel.
+
+    Args:
+        Lambda: (n,), complex.
+        roots: (length,), the roots of unity.
+        spectrum: (length // 2 + 1,), the generating function at half of the roots.
+        kernel: (length,).
+    """
+    figure, axes = _subplots(2.7, columns=4)
+    Lambda, roots = np.asarray(Lambda), np.asarray(roots)
+    titles = ("what is learned", "where it is asked", "what it answers", "what is wanted")
+    for ax, title in zip(axes, titles, strict=True):
+        ax.set_title(title)
+        ax.tick_params(labelsize=8.5)
+    axes[0].plot(Lambda.real, Lambda.imag, "o", color=BLUE, ms=3)
+    axes[0].set(xlabel=r"$\Lambda$, with $P, B, \tilde C, \Delta$", xlim=(-1, 0.5), yscale="symlog")
+    axes[0].axvline(0, color=GREY, lw=0.8)
+    axes[1].plot(roots.real, roots.imag, "o", color=ORANGE, ms=2.5)
+    axes[1].set(xlabel=r"the roots of unity $z_j$", aspect="equal", yticks=[-1, 0, 1])
+    axes[2].plot(np.abs(spectrum), color=TEAL, ls="-")
+    axes[2].set(xlabel=r"$|\hat K(z_j)|$ over $j$", yscale="log")
+    axes[3].plot(kernel, color=BLUE, ls="-")
+    axes[3].set(xlabel=r"$\bar K_l$ over $l$")
+    for ax, step in zip(axes[1:], ("", "Cauchy\nsums →", "inverse\nFFT →"), strict=True):
+        if step:
+            ax.text(-0.3, 1.12, step, transform=ax.transAxes, ha="center", va="bottom", fontsize=9)
+    return figure
+
+
+def tensors(columns: Sequence[Mapping[str, ArrayLike]]) -> Figure:
+    """Draw tensors from left to right, each number a square: blue below zero, orange above.
+
+    Args:
+        columns: what stands in each column, one below the other: {label: (n,) or (rows, n)}. A
+            vector stands upright. Each tensor has a colour scale of its own.
+    """
+    colors = LinearSegmentedColormap.from_list("signed", [BLUE, "white", ORANGE])
+    grids = [
+        {label: np.atleast_2d(np.asarray(t).T).T for label, t in column.items()}
+        for column in columns
+    ]
+    gap, room = 2.2, 3.4  # squares between two columns, and below each tensor for its label
+    widths = [max(grid.shape[1] for grid in column.values()) for column in grids]
+    heights = [sum(len(grid) + room for grid in column.values()) for column in grids]
+    wide, high = sum(widths) + gap * len(widths), max(heights)
+    figure, (ax,) = _subplots(WIDTH * high / wide)
+    left = gap / 2
+    for column, width, height in zip(grids, widths, heights, strict=True):
+        top = (high - height) / 2
+        for label, grid in column.items():
+            rows, n = grid.shape
+            x = left + (width - n) / 2
+            scale = np.abs(grid).max() or 1.0
+            extent = (x, x + n, top + rows, top)
+            ax.imshow(grid / scale, cmap=colors, vmin=-1, vmax=1, extent=extent)
+            for i in range(rows + 1):
+                ax.plot([x, x + n], [top + i] * 2, color=GREY, lw=0.5, ls="-")
+            for j in range(n + 1):
+                ax.plot([x + j] * 2, [top, top + rows], color=GREY, lw=0.5, ls="-")
+            ax.text(x + n / 2, top + rows + 0.3, label, ha="center", va="top", fontsize=9)
+            top += rows + room
+        left += width + gap
+    ax.set(xlim=(0, wide), ylim=(high, -0.2), aspect="equal")
     ax.axis("off")
     return figure
 
@@ -752,6 +902,12 @@ def _subplots(height: float, rows: int = 1, columns: int = 1, **shared) -> tuple
     figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, height), squeeze=False, **shared)
     plt.close(figure)
     return figure, list(axes.flat)
+
+
+def _legend_below(ax: Axes, columns: int):
+    """Put the legend under the label of the x axis, where it covers no curve."""
+    below = ax.transAxes + ScaledTranslation(0, -0.5, ax.figure.dpi_scale_trans)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, ncols=columns)
 
 
 def _keep_width(figure: Figure):

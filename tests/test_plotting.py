@@ -16,11 +16,19 @@ T = np.linspace(0, 1, 20)
 PICTURES = {
     "time_series": lambda: plotting.time_series(T, {"a": {"u": T, "v": -T}, "b": {"w": T**2}}),
     "curves": lambda: plotting.curves(
-        T, {"a": {"u": T + 1, "v": T[:5] + 1}}, xlabel="x", ylabel="y", log="xy", markers=True
+        T,
+        {"a": {"u": T + 1, "v": T[:5] + 1}},
+        xlabel="x",
+        ylabel="y",
+        log="xy",
+        markers=True,
+        mark=0.5,
     ),
     "matrices": lambda: plotting.matrices({"a": np.eye(3), "b": -np.eye(2)}, bar=True),
     "images": lambda: plotting.images({"a": np.eye(3), "b": np.eye(3)}, T, "pixel"),
-    "maze": lambda: plotting.maze(["####", "#..#", "####"], {"a": [(1, 1), (1, 2)]}),
+    "maze": lambda: plotting.maze(
+        ["####", "#..#", "####"], {"a": [(1, 1), (1, 2)]}, future=[(1, 2), (1, 1)]
+    ),
     "block_diagram": plotting.block_diagram,
     "crossing": lambda: plotting.crossing(T, {"up": T, "down": 1 - T}, at=(0.5, 0.5)),
     "kicks": lambda: plotting.kicks(T, [np.exp(-T), 0 * T], np.exp(-T)),
@@ -35,6 +43,9 @@ PICTURES = {
     "token_heat": lambda: plotting.token_heat(
         [("abc", np.eye(3)), ("defg", np.ones((2, 4)))], label="Δ", span=(0.1, 1.0)
     ),
+    "text_heat": lambda: plotting.text_heat("abcd", {"u": T[1:5]}, label="Δ", span=(0.1, 1.0)),
+    "s4_pipeline": lambda: plotting.s4_pipeline(T - 1j, np.exp(1j * T), T[:11] + 1, T),
+    "tensors": lambda: plotting.tensors([{"a": T[:3]}, {"b": np.eye(2), "c": T[:1]}]),
     "mamba_block": plotting.mamba_block,
     "bars": lambda: plotting.bars(
         {"one": {"a": 1.0, "b": 2.0}, "two": {"a": float("nan")}}, xlabel="x", mark=1.5, unit=" s"
@@ -65,7 +76,10 @@ def test_draws_at_the_width_of_the_page(name):
 def test_convergence_names_the_slopes():
     figure = PICTURES["convergence"]()
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert labels == ["first, slope 1.0", "exact, exact"]
+    assert labels == ["first: slope 1.0", "exact: exact, below the picture"]
+    assert all(
+        line.get_ydata()[0] > 1e-12 or line.get_label() != "first" for line in figure.axes[0].lines
+    )
 
 
 def test_slider_holds_its_data_and_asks_for_nothing():
