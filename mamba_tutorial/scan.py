@@ -180,10 +180,10 @@ def linear_scan(
 ) -> Inexact[Tensor, "batch length *rest"]:
     """Return all states of h_t = a_t h_{t−1} + b_t, elementwise, along the length.
 
-    The backward pass is the same recurrence run the other way. With g_t the gradient of h_t through
+    The backward pass is the same recurrence run the other way. With γ_t the gradient of h_t through
     all that follows, and ∂_t what arrives for h_t from outside,
 
-        g_t = ∂_t + a_{t+1} g_{t+1},     ∂b_t = g_t,     ∂a_t = g_t h_{t−1},     ∂h_0 = a_1 g_1.
+        γ_t = ∂_t + a_{t+1} γ_{t+1},     ∂b_t = γ_t,     ∂a_t = γ_t h_{t−1},     ∂h_0 = a_1 γ_1.
 
     Half-precision inputs are scanned in float32, and the states are rounded once, at the end.
 

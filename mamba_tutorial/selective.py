@@ -553,8 +553,8 @@ def _parallel(x, dt, A, B, C, h, exact) -> tuple[Tensor, Tensor, Tensor]:
 def _parallel_backward(dy, G, starts, x, dt, A, B, C, exact) -> tuple[Tensor, ...]:
     """Return the gradients of x, dt, A, B, C and h0.
 
-    With g_t = dy_t C_t + a_{t+1} g_{t+1} the gradient of the state, what arrives at z = Δ A is
-    g_t (a_t h_{t−1} + w'(z) Δ x B), and A and Δ get theirs from there. G is that of the last state.
+    With γ_t = dy_t C_t + a_{t+1} γ_{t+1} the gradient of the state, what arrives at z = Δ A is
+    γ_t (a_t h_{t−1} + w'(z) Δ x B), and A and Δ get theirs from there. G is that of the last state.
     """
     dA, results = torch.zeros_like(A), []
     for piece in reversed(_pieces(x, A)):
