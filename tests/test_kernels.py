@@ -567,10 +567,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
-from mamba_tutorial.kernels import conv, decode, scan, scan_staged
+from mamba_tutorial.kernels import conv, decode, scan
 from mamba_tutorial.kernels import selective_scan as plain
-from mamba_tutorial.kernels import selective_scan_backward as gluon_backward
-from mamba_tutorial.kernels import selective_scan_forward as gluon_forward
+from mamba_tutorial.kernels.selective_scan import backward_in_gluon, forward_in_gluon
 
 half = {"u_ptr", "x_ptr", "dt_ptr", "z_ptr", "y_ptr", "dy_ptr", "dx_ptr", "ddt_ptr", "dz_ptr"}
 common = plain._config(16, dt_softplus=True, exact=False)
@@ -581,19 +580,20 @@ staged_tile = dict(zip(("TILE", "BLOCK_C"), scan.STAGED_TILE))
 rows = {"REVERSE": True} | dict(zip(("TILE", "WIDTH", "num_warps", "STAGES"), scan.STAGED_ROWS[4]))
 no_gradient = {"h_ptr": None, "da_ptr": None}
 kernels = {
-    "forward": (plain._forward, common | {"EVERY": 64, "HALVES": 2}),
-    "bare": (plain._forward, common | {"EVERY": 64, "HALVES": 0}),
-    "ends": (plain._ends, common | {"HALVES": 2, "REVERSE": True, "WHOLE": False}),
-    "plain": (plain._backward, common | {"BLOCK_D": plain.BACKWARD_D}),
+    "forward": (plain.forward_in_triton.forward, common | {"EVERY": 64, "HALVES": 2}),
+    "bare": (plain.forward_in_triton.forward, common | {"EVERY": 64, "HALVES": 0}),
+    "ends": (plain.forward_in_triton.ends, common | {"HALVES": 2, "REVERSE": True, "WHOLE": False}),
+    "plain": (plain.backward_in_triton.backward, common | {"BLOCK_D": plain.BACKWARD_D}),
     "gluon forward": (
-        gluon_forward.forward, gluon_forward.CONFIG | {"SOFTPLUS": True, "EVERY": 64, "HALVES": 2}
+        forward_in_gluon.forward,
+        forward_in_gluon.CONFIG | {"SOFTPLUS": True, "EVERY": 64, "HALVES": 2},
     ),
     "gluon backward": (
-        gluon_backward.backward, gluon_backward.CONFIG | {"SOFTPLUS": True, "HALVES": 2}
+        backward_in_gluon.backward, backward_in_gluon.CONFIG | {"SOFTPLUS": True, "HALVES": 2}
     ),
-    "tile": (scan._scan_tile, cut | tile | no_gradient),
-    "staged tile": (scan_staged.scan_tile, cut | staged_tile | no_gradient),
-    "staged rows": (scan_staged.scan, rows | no_gradient),
+    "tile": (scan.in_triton.scan_tile, cut | tile | no_gradient),
+    "staged tile": (scan.in_gluon.scan_tile, cut | staged_tile | no_gradient),
+    "staged rows": (scan.in_gluon.scan, rows | no_gradient),
 }
 tools = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin")
 chip = int(sys.argv[1])
@@ -656,9 +656,9 @@ print("instructions per token:", longest / constants["TILE"])
 block = {"WIDTH": 4, "BLOCK_T": 4, "BLOCK_C": 32, "num_warps": 1}
 early = {"EARLY": chip >= 90}
 more = [
-    (plain._prepare, {"ROWS": 128, "BLOCK_N": 16, "num_warps": 4}),
-    (plain._add_up, {"BLOCK": 512, "num_warps": 4}),
-    (scan._scan, {"TILE": 64, "BLOCK_C": 32, "STAGES": 3, "REVERSE": True, "num_warps": 2}),
+    (plain.around.prepare, {"ROWS": 128, "BLOCK_N": 16, "num_warps": 4}),
+    (plain.around.add_up, {"BLOCK": 512, "num_warps": 4}),
+    (scan.in_triton.scan, tile | {"STAGES": 3, "REVERSE": True, "num_warps": 2}),
     (conv._convolve, block),
     (conv._upstream, block | {"TOKENS": 8}),
     (conv._gather, block),
@@ -666,7 +666,7 @@ more = [
     (decode._conv_step, {"WIDTH": 4, "BLOCK": 128, "num_warps": 1} | early),
 ]
 for kernel, constants in [*kernels.values(), *more]:
-    if kernel not in {gluon_forward.forward, gluon_backward.backward}:  # which take more channels
+    if kernel not in {forward_in_gluon.forward, backward_in_gluon.backward}:  # they have more
         names = [name for name in kernel.arg_names if name.islower() and "_ptr" not in name]
         build(kernel, dict.fromkeys(names, 1) | constants)
 print("sizes of one:", len(kernels) - 2 + len(more))

@@ -1,19 +1,19 @@
 """The recurrence h_t = a_t h_{t−1} + b_t in Gluon, staged through shared memory.
 
-The same two kernels as in `scan`, and the same looking back. What is different is who holds what. A
-copy from memory is fastest in pieces of 16 bytes, so that neighbouring threads take turns along a
-row of channels and then along time. A recurrence is fastest if a thread owns a channel, or two of
-16 bits, and steps through time: a multiplication and an addition per token, and nothing exchanged.
-Plain Triton has one layout for both. Here the copy goes into shared memory, and from there each
-thread reads its own channels, in whatever pieces it likes.
+The same two kernels as in `in_triton`, and the same looking back. What is different is who holds
+what. A copy from memory is fastest in pieces of 16 bytes, so that neighbouring threads take turns
+along a row of channels and then along time. A recurrence is fastest if a thread owns a channel, or
+two of 16 bits, and steps through time: a multiplication and an addition per token, and nothing
+exchanged. Plain Triton has one layout for both. Here the copy goes into shared memory, and from
+there each thread reads its own channels, in whatever pieces it likes.
 
 Also, what is on its way to shared memory needs no registers. So more can be on its way at once,
 which is all that counts for a kernel that hardly computes.
 """
 
-from mamba_tutorial.kernels import look_back as plain
 from mamba_tutorial.kernels._gluon import fetch, in_gluon
 from mamba_tutorial.kernels._triton import async_copy, gl, gluon
+from mamba_tutorial.kernels.scan import look_back as plain
 
 *_, look_back = in_gluon(plain.join, plain.publish, plain.pick, plain.await_steps, plain.look_back)
 
@@ -23,7 +23,7 @@ def scan(
     a_ptr, b_ptr, h0_ptr, h_ptr, out_ptr, da_ptr, length, channels,
     WIDTH: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
-    """As `scan._scan`, a thread for WIDTH neighbouring channels of a sequence."""
+    """As `in_triton.scan`, a thread for WIDTH neighbouring channels of a sequence."""
     GRADIENT: gl.constexpr = h_ptr is not None
     SIGN: gl.constexpr = -1 if REVERSE else 1
     W: gl.constexpr = 32 * WIDTH * gl.num_warps()
@@ -101,7 +101,7 @@ def scan_tile(
     CHANNELS: gl.constexpr, TILE: gl.constexpr, BLOCK_C: gl.constexpr, GROUP: gl.constexpr,
     LEVELS: gl.constexpr, REVERSE: gl.constexpr,
 ):  # fmt: skip
-    """As `scan._scan_tile`: one warp, one tile, the state before it found by looking back."""
+    """As `in_triton.scan_tile`: one warp, one tile, the state before it found by looking back."""
     GRADIENT: gl.constexpr = h_ptr is not None
     SIGN: gl.constexpr = -1 if REVERSE else 1
     LOOK: gl.constexpr = gl.BlockedLayout([GROUP, BLOCK_C // 32], [1, 32], [1, 1], [1, 0])

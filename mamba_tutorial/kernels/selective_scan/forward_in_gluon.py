@@ -1,6 +1,6 @@
 """The forward pass of the selective scan in Gluon.
 
-`selective_scan._forward` gives a thread one channel with all 16 states. It spends as much time on
+`forward_in_triton.forward` gives a thread one channel with all 16 states. It spends as much time on
 reading B and C from shared memory as on exponentials, and 8 sequences of 2048 channels make no more
 than one warp for each scheduler, which then waits whenever that warp does. Here two warps share 32
 channels, with eight states of each channel in a thread. So there are twice as many warps, and what
@@ -31,7 +31,7 @@ def forward(
     HALVES: gl.constexpr, EVERY: gl.constexpr, SOFTPLUS: gl.constexpr, TILE: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """As `selective_scan._forward`; B and C without gaps."""
+    """As `forward_in_triton.forward`; B and C without gaps."""
     N: gl.constexpr = 16
     W: gl.constexpr = 32
     S: gl.constexpr = N // gl.num_warps()  # states of a thread

@@ -107,8 +107,8 @@ def backward(
 ):  # fmt: skip
     """A: (d_state, d_inner); starts: (batch, sections, d_state, d_inner), as all states here.
 
-    ends, spans: of `selective_scan._ends`, HALVES for each chunk but the first; shared, own: parts
-    of the gradients, as `selective_scan._results` lays them out.
+    ends, spans: of `forward_in_triton.ends`, HALVES for each chunk but the first; shared, own:
+    parts of the gradients, as `selective_scan._results` lays them out.
     """
     N: gl.constexpr = 16
     S: gl.constexpr = 4  # states of a thread

@@ -1,7 +1,4 @@
-"""The first-order recurrence h_t = a_t h_{t−1} + b_t on a GPU in Triton, forward and backward.
-
-Nothing is computed here that costs time: a multiplication and an addition for three numbers that
-travel from or to memory. So the one aim is to keep memory busy.
+"""The recurrence h_t = a_t h_{t−1} + b_t in Triton.
 
 A program takes a block of channels and goes along the length in tiles [TILE, BLOCK_C], the next of
 which are on their way through shared memory while one is scanned. `tl.associative_scan` scans a
@@ -10,109 +7,22 @@ a warp, by exchanging registers; over the warps, through shared memory. The stat
 tile does to the state before it, and the last of them is carried to the next tile.
 
 With few channels there are few programs, and memory idles. Then every tile gets a program of its
-own (`_scan_tile`), as many run at once as fit, and each finds the state that its tile starts from
+own (`scan_tile`), as many run at once as fit, and each finds the state that its tile starts from
 by looking back (`look_back`). Nothing is read twice.
-
-On Ampere and later, where rows start at multiples of 16 bytes, `scan_staged` does both faster.
-
-The backward pass is the recurrence in reverse, with the decays shifted by one token:
-
-    g_t = ∂_t + a_{t+1} g_{t+1},    ∂b_t = g_t,    ∂a_t = g_t h_{t−1}
 """
 
-import torch
-from torch import Tensor
-
-from mamba_tutorial.kernels import scan_staged as staged
-from mamba_tutorial.kernels._gluon import runs_on
-from mamba_tutorial.kernels._launch import multiprocessors, on
 from mamba_tutorial.kernels._triton import tl, triton
-from mamba_tutorial.kernels.look_back import join, look_back, pick
-
-# For numbers of 4 bytes and of 2, by measurement: staged on an H100, the others on an H200.
-ROWS = {4: (64, 32, 2, 3), 2: (32, 32, 1, 4)}  # of `_scan`: TILE, BLOCK_C, warps, STAGES
-TILES = {4: (64, 32), 2: (32, 64)}  # of `_scan_tile`: TILE, BLOCK_C
-STAGED_ROWS = {4: (16, 1, 2, 4), 2: (16, 2, 2, 6)}  # TILE, WIDTH, warps, STAGES
-STAGED_TILE = 128, 32  # of `scan_staged.scan_tile`, for numbers of 4 bytes and of 2
-GROUP, LEVELS = 4, 3  # tiles of a group, and levels of groups
-
-
-def states(a: Tensor, b: Tensor, h0: Tensor, reverse: bool) -> Tensor:
-    """Return all states, in the dtype of b.
-
-    a, b: (batch, length, channels), contiguous, of float16, bfloat16 or float32; h0: (batch,
-    channels), the state before the first token, or after the last if reversed. The state is float32
-    inside.
-    """
-    return _run(a, b, h0, None, reverse)[0]
-
-
-def gradients(
-    d: Tensor, a: Tensor, h: Tensor, h0: Tensor, reverse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of a, b and h0 from those of the states h, d; shaped like these."""
-    g, da = _run(a, d, h0, h, not reverse)
-    first = -1 if reverse else 0
-    return da, g, (a[:, first].float() * g[:, first].float()).to(h0.dtype)
-
-
-def _run(a: Tensor, b: Tensor, h0: Tensor, h: Tensor | None, reverse: bool):
-    """Return the states; with the states h of another scan, the gradients (∂b, ∂a) of that scan."""
-    batch, _, channels = b.shape
-    out, da = torch.empty_like(b), None if h is None else torch.empty_like(a)
-    blocks = batch * triton.cdiv(channels, TILES[b.element_size()][1])
-    run = _run_tiles if 2 * blocks < 3 * multiprocessors(b) else _run_rows
-    with on(b):
-        overflow = run(a, b, h0, h, out, da, reverse)
-        if overflow is not None:
-            _repair[(batch * triton.cdiv(channels, 32),)](
-                a, b, h0, h, out, da, overflow, *b.shape[1:], REVERSE=reverse, num_warps=1
-            )
-    return out, da
-
-
-def _run_rows(a, b, h0, h, out, da, reverse: bool) -> Tensor | None:
-    batch, length, channels = b.shape
-    given = a, b, h0, h, out, da, length, channels
-    if runs_on(a, b, h):
-        tile, width, warps, stages = STAGED_ROWS[b.element_size()]
-        staged.scan[(batch * triton.cdiv(channels, 32 * width * warps),)](
-            *given, WIDTH=width, TILE=tile, STAGES=stages, REVERSE=reverse, num_warps=warps
-        )
-        return None  # step by step, as the definition: nothing to repair
-    tile, block, warps, stages = ROWS[b.element_size()]
-    overflow = torch.zeros(1, dtype=torch.int64, device=b.device)
-    _scan[(batch * triton.cdiv(channels, block),)](
-        *given, overflow, TILE=tile, BLOCK_C=block, STAGES=stages, REVERSE=reverse, num_warps=warps
-    )
-    return overflow
-
-
-def _run_tiles(a, b, h0, h, out, da, reverse: bool) -> Tensor:
-    batch, length, channels = b.shape
-    in_stages = runs_on(a, b, h)
-    tile, block = STAGED_TILE if in_stages else TILES[b.element_size()]
-    tiles = triton.cdiv(length, tile)
-    slots = sum(triton.cdiv(tiles, GROUP**level) for level in range(LEVELS + 1))
-    words = torch.zeros(batch * slots * channels + 1, dtype=torch.int64, device=b.device)
-    overflow = words[-1:]
-    rows = batch * triton.cdiv(channels, block)
-    given = a, b, h0, h, out, da, words, overflow, length, tiles, rows, slots
-    (staged.scan_tile if in_stages else _scan_tile)[(tiles * rows,)](
-        *given, CHANNELS=channels, TILE=tile, BLOCK_C=block, GROUP=GROUP, LEVELS=LEVELS,
-        REVERSE=reverse, num_warps=1,
-    )  # fmt: skip
-    return overflow
+from mamba_tutorial.kernels.scan.look_back import join, look_back, pick
 
 
 @triton.jit
-def _note(overflow_ptr, h):
-    """Note that a state is no number, so that `_repair` looks after it."""
+def note(overflow_ptr, h):
+    """Note that a state is no number, so that `repair` looks after it."""
     tl.store(overflow_ptr + tl.zeros(h.shape, tl.int32), 1, (tl.abs(h) < float("inf")) == 0)
 
 
 @triton.jit
-def _repair(
+def repair(
     a_ptr, b_ptr, h0_ptr, h_ptr, out_ptr, da_ptr, overflow_ptr, length, channels,
     REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +55,7 @@ def _repair(
 
 
 @triton.jit
-def _scan(
+def scan(
     a_ptr, b_ptr, h0_ptr, h_ptr, out_ptr, da_ptr, length, channels, overflow_ptr,
     TILE: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -191,17 +101,17 @@ def _scan(
         a_ptr += SIGN * TILE * channels
         b_ptr += SIGN * TILE * channels
         out_ptr += SIGN * TILE * channels
-    _note(overflow_ptr, h)
+    note(overflow_ptr, h)
 
 
 @triton.jit
-def _scan_tile(
+def scan_tile(
     a_ptr, b_ptr, h0_ptr, h_ptr, out_ptr, da_ptr, words_ptr, overflow_ptr,
     length, tiles, rows, slots,
     CHANNELS: tl.constexpr, TILE: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
     LEVELS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """As `_scan`, but a program is one warp with one tile, every thread with all of its tokens.
+    """As `scan`, but a program is one warp with one tile, every thread with all of its tokens.
 
     CHANNELS is a constant, so that all addresses of a thread are one address and constants.
     Programs are started in the order of their numbers: what one waits for is running or done.
@@ -238,7 +148,7 @@ def _scan_tile(
     a, b = a.to(tl.float32), b.to(tl.float32)
     _, states = tl.associative_scan((a, tl.where(t == 0, a * h + b, b)), 0, join)
     tl.store(out_ptr + token + at, states.to(out_ptr.dtype.element_ty), inside)
-    _note(overflow_ptr, pick(states, t == TILE - 1))
+    note(overflow_ptr, pick(states, t == TILE - 1))
     if GRADIENT:
         da = (states * given).to(da_ptr.dtype.element_ty)
         tl.store(da_ptr + token + at, da, inside)

@@ -1,0 +1,316 @@
+"""The selective scan on a GPU, fused: forward and backward.
+
+    h_t = exp(Δ_t A) h_{t−1} + w(Δ_t A) Δ_t x_t B_t,     y_t = (Σ_n C_t h_t + D x_t) silu(z_t)
+
+with Δ = softplus(dt + bias), as `mamba_tutorial.selective.selective_scan` defines it. The states of
+size (batch, length, d_inner, d_state) never leave the chip.
+
+- `forward_in_triton`, `backward_in_triton`: for all sizes.
+- `forward_in_gluon`, `backward_in_gluon`: for 16 states, B by Euler's rule, and Ampere or later
+  (`_takes`).
+- `around`: what is needed before and after. A short sequence is over as soon as kernels are
+  started; so float32 copies of B and C, A turned, and sums, take one kernel before and two after.
+
+**Few sequences** give few warps. Then the length is cut into chunks. `ends` finds what each chunk
+but the last adds to the state, and how long it is in units of Δ; the decay over a chunk is
+exp(A ΣΔ), so nothing else has to be kept. Each program of the forward pass joins what the chunks
+before it give, which is the scan once more, over chunks. This costs nearly every exponential twice.
+
+**Backward.** The forward pass writes down some of the states, and the backward pass computes the
+others once more. Sums over channels, for B and C, are written per program and added up afterwards,
+so that two runs give the same bits.
+"""
+
+import torch
+from torch import Tensor
+
+from mamba_tutorial.kernels._gluon import aligned
+from mamba_tutorial.kernels._launch import multiprocessors, on
+from mamba_tutorial.kernels._triton import triton
+from mamba_tutorial.kernels.selective_scan import (
+    around,
+    backward_in_gluon,
+    backward_in_triton,
+    forward_in_gluon,
+    forward_in_triton,
+)
+
+LANES = 32
+BACKWARD_D = 8  # channels of a program of `backward`
+RESIDENT = 8  # programs of `forward` for each multiprocessor, where the length is cut
+SECTION, LEAST = backward_in_gluon.SECTION, 3  # tokens of a section, sections of a chunk
+
+
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    h0: Tensor | None,
+    dt_softplus: bool,
+    exact: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, the last state, and some of the states, if the backward pass will ask for them.
+
+    x, dt, z: (batch, length, d_inner), of float16, bfloat16 or float32; A: (d_inner, d_state);
+    B, C: (batch, length, d_state); D, dt_bias: (d_inner,); h0: (batch, d_inner, d_state). `exact`
+    asks for the zero-order hold of B. The state is float32.
+    """
+    staged = _takes(forward_in_gluon, x, A.shape[1], exact)
+    x, dt, z = (_rows(tensor, staged) for tensor in (x, dt, z))
+    B, C = _rows(B, False), _rows(C, False)
+    D, dt_bias, h0 = (_float(tensor) for tensor in (D, dt_bias, h0))
+    A, B, C = _prepared(A, B, C)
+    every = spacing(x, A.shape[0], exact) if keep else None
+    return _run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, every)
+
+
+def spacing(x: Tensor, d_state: int, exact: bool) -> int:
+    """Return of how many tokens the backward pass needs one state."""
+    return SECTION if _takes(backward_in_gluon, x, d_state, exact) else _tile(d_state)
+
+
+def backward(
+    dy: Tensor | None,
+    dh_last: Tensor | None,
+    starts: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    exact: bool,
+) -> tuple[Tensor, ...]:
+    """Return the gradients, given those of y and of the last state.
+
+    Of x, of dt and of z, which is empty where there is no z; of B and C, one above the other; of A,
+    D and dt_bias, (d_state + 2, d_inner); and of h0.
+    """
+    dtype = B.dtype if B.dtype == C.dtype else torch.float32
+    staged = _takes(backward_in_gluon, x, A.shape[1], exact)
+    x, dt, z = (_rows(tensor, staged) for tensor in (x, dt, z))
+    B, C = _rows(B, False), _rows(C, False)
+    D, dt_bias = _float(D), _float(dt_bias)
+    A, B, C = _prepared(A, B, C)
+    dy = torch.zeros_like(x) if dy is None else _rows(dy, staged)
+    run = _run_gluon_backward if staged else _run_backward
+    given = x, dt, A, B, C, D, z, dt_bias, starts, dy, _transposed(_float(dh_last))
+    dx, ddt, dz, shared, own, dh0 = run(*given, dt_softplus, exact)
+    shared, own = _sums(shared, own, dtype)
+    return dx, ddt, x.new_empty(0) if z is None else dz, shared, own, dh0.mT
+
+
+def _prepared(A, B, C):
+    """Return A turned, (d_state, d_inner), and B and C, all of float32, by one kernel."""
+    (d_inner, d_state), (batch, length, _) = A.shape, B.shape
+    A, turned = A.contiguous(), A.new_empty(d_state, d_inner, dtype=torch.float32)
+    shared = turned.new_empty(2, batch, length, d_state)
+    ROWS, BLOCK_N = 128, triton.next_power_of_2(d_state)
+    grid = (triton.cdiv(batch * length, ROWS) + triton.cdiv(d_inner, ROWS),)
+    with on(A):
+        around.prepare[grid](
+            *(A, B, C, turned, *shared, batch * length, length, d_inner, d_state),
+            *_strides(B), *_strides(C), ROWS=ROWS, BLOCK_N=BLOCK_N, num_warps=4,
+        )  # fmt: skip
+    return turned, *shared
+
+
+def _sums(shared: Tensor, own: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return shared.sum(0), of this dtype, and own.sum(0), the parts added in their order."""
+    first, second = (
+        parts.new_empty(parts.shape[1:], dtype=t)
+        for parts, t in ((shared, dtype), (own, torch.float32))
+    )
+    BLOCK = 512
+    grid = (triton.cdiv(first.numel(), BLOCK) + triton.cdiv(second.numel(), BLOCK),)
+    with on(shared):
+        around.add_up[grid](
+            *(shared, own, first, second, len(shared), len(own), first.numel(), second.numel()),
+            BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+    return first, second
+
+
+def _run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, every):
+    """Forward; return y, the last state, and the state before every `every` tokens, if asked."""
+    batch, length, d_inner = x.shape
+    d_state, blocks = A.shape[0], triton.cdiv(d_inner, LANES)
+    in_gluon = every in {None, SECTION} and _takes(forward_in_gluon, x, d_state, exact)
+    enough = 1.5 if in_gluon else 3  # by measurement; Gluon gives a row of channels two warps
+    chunk = _chunk(x, batch * blocks, length, enough, resident=RESIDENT)
+    chunks = triton.cdiv(length, chunk)
+    sizes = length, chunk, d_inner, d_state
+    config, h0 = _config(d_state, dt_softplus, exact), _transposed(h0)
+    y, h_last = x.new_empty(x.shape), A.new_empty(batch, d_state, d_inner)
+    starts = A.new_empty(batch, triton.cdiv(length, every), d_state, d_inner) if every else None
+    ends = spans = None
+    with on(x):
+        if chunks > 1:
+            ends, spans = _run_ends(x, dt, A, B, None, dt_bias, sizes, config, reverse=False)
+        given = x, dt, A, B, C, D, z, dt_bias, h0, ends, spans, y, starts, h_last
+        strides = *_strides(x), *_strides(dt), *_strides(z)
+        constants = {"HALVES": ends.shape[2] if chunks > 1 else 0, "EVERY": every or length}
+        if in_gluon:
+            forward_in_gluon.forward[(batch * chunks * d_inner // forward_in_gluon.CHANNELS,)](
+                *given, length, chunk, d_inner, *strides,
+                SOFTPLUS=dt_softplus, **constants, **forward_in_gluon.CONFIG,
+            )  # fmt: skip
+        else:
+            forward_in_triton.forward[(batch * chunks * blocks,)](
+                *given, *sizes, *strides, **constants, **config
+            )
+    return y, h_last.mT, starts
+
+
+def _run_ends(u, dt, A, V, z, dt_bias, sizes, config, reverse):
+    """What every chunk but one gives to the chunks after it, in the direction of the pass.
+
+    (batch, chunks − 1, 1 or 2, …): of the whole chunk, or of its head and of its tail.
+    """
+    batch, (length, chunk, d_inner, d_state) = len(u), sizes
+    chunks, blocks = triton.cdiv(length, chunk), triton.cdiv(d_inner, LANES)
+    halves, share = _share(chunks, chunk)
+    ends = A.new_empty(batch, chunks - 1, halves, d_state, d_inner)
+    spans = A.new_empty(batch, chunks - 1, halves, d_inner)
+    given = u, dt, A, V, z, dt_bias, ends, spans, share
+    strides = *_strides(u), *_strides(dt), *_strides(z)
+    whole = reverse and _whole(sizes, config)  # forwards it was slower, by measurement
+    forward_in_triton.ends[(batch * chunks * blocks,)](
+        *given, *sizes, *strides, HALVES=halves, REVERSE=reverse, WHOLE=whole, **config
+    )
+    return ends, spans
+
+
+def _share(chunks: int, chunk: int) -> tuple[int, int]:
+    """Return in how many parts `ends` does a chunk, and how many tokens a program takes.
+
+    Two parts give all programs the same share, 1/chunks less than a chunk, and every chunk one more
+    part to join, which takes as long as a few tokens.
+    """
+    if chunks * chunks < chunk // 2:
+        return 2, triton.cdiv((chunks - 1) * chunk, 16 * chunks) * 16
+    return 1, chunk
+
+
+def _run_backward(x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, dt_softplus, exact):
+    batch, length, d_inner = x.shape
+    d_state, blocks = A.shape[0], triton.cdiv(d_inner, BACKWARD_D)
+    results = _results(x, dt, A, z, slots=batch, blocks=blocks)
+    strides = *_strides(x), *_strides(dt), *_strides(z), *_strides(dy)
+    given = x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last
+    config = _config(d_state, dt_softplus, exact) | {"BLOCK_D": BACKWARD_D}
+    with on(x):
+        backward_in_triton.backward[(batch * blocks,)](
+            *given, *results, length, d_inner, d_state, *strides, **config
+        )
+    return results
+
+
+def _run_gluon_backward(x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, dt_softplus, exact):
+    batch, length, d_inner = x.shape
+    d_state, groups = A.shape[0], d_inner // backward_in_gluon.CHANNELS
+    chunk = _chunk(x, batch * groups, length, enough=1, resident=2)
+    chunks = triton.cdiv(length, chunk)
+    # two groups of channels share a part of the sums for B and C, which they add to
+    results = _results(x, dt, A, z, slots=batch * chunks, blocks=triton.cdiv(groups, 2))
+    results[3].zero_()
+    ends = spans = None
+    with on(x):
+        if chunks > 1:
+            sizes, config = (length, chunk, d_inner, d_state), _config(d_state, dt_softplus, exact)
+            ends, spans = _run_ends(dy, dt, A, C, z, dt_bias, sizes, config, reverse=True)
+        given = x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, ends, spans
+        strides = *_strides(x), *_strides(dt), *_strides(z), *_strides(dy)
+        backward_in_gluon.backward[(batch * chunks * groups,)](
+            *given, *results, length, chunk, d_inner, *strides,
+            HALVES=ends.shape[2] if chunks > 1 else 0, SOFTPLUS=dt_softplus,
+            **backward_in_gluon.CONFIG,
+        )  # fmt: skip
+    return results
+
+
+def _results(x, dt, A, z, slots, blocks):
+    """Return room for the gradients.
+
+    Those of x, dt and z; of B and C, one above the other, one part for each block of channels; of
+    A, D and dt_bias likewise, one part for each slot; and of h0.
+    """
+    batch, length, d_inner = x.shape
+    dx, ddt = x.new_empty(x.shape), dt.new_empty(x.shape)
+    dz = None if z is None else z.new_empty(x.shape)
+    shared = A.new_empty(blocks, 2, batch, length, len(A))
+    own = A.new_empty(slots, len(A) + 2, d_inner)
+    return dx, ddt, dz, shared, own, A.new_empty(batch, *A.shape)
+
+
+def _tile(d_state: int) -> int:
+    """Return how many tokens make up a tile: 128 numbers for each thread, where possible."""
+    return min(16, max(1, 128 // max(4, triton.next_power_of_2(d_state))))
+
+
+def _config(d_state: int, dt_softplus: bool, exact: bool) -> dict:
+    """Return the constants that the kernels share."""
+    return {
+        "TILE": _tile(d_state),
+        "BLOCK_N": max(4, triton.next_power_of_2(d_state)),
+        "BLOCK_D": LANES,
+        "SOFTPLUS": dt_softplus,
+        "EXACT": exact,
+        "num_warps": 1,
+    }
+
+
+def _takes(kernel, x: Tensor, d_state: int, exact: bool) -> bool:
+    """Say whether a kernel in Gluon, which is written for some sizes and chips, can do this."""
+    fits = d_state == 16 and x.shape[-1] % kernel.CHANNELS == 0 and not exact
+    return fits and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def _whole(sizes: tuple[int, int, int, int], config: dict) -> bool:
+    """Say whether every tile is full, so that nothing has to be masked."""
+    length, _, d_inner, d_state = sizes
+    over = length % config["TILE"], d_inner % config["BLOCK_D"], d_state % config["BLOCK_N"]
+    return not any(over)
+
+
+def _chunk(x: Tensor, rows: int, length: int, enough: float, resident: int) -> int:
+    """Return the tokens of a program, of which there is one for each row and chunk.
+
+    All of them, if there are `enough` rows for each multiprocessor; else as many as make `resident`
+    programs for each, but not so few that joining the chunks takes longer than going through one.
+    """
+    size = multiprocessors(x)
+    parts = 1 if rows >= enough * size else max(1, resident * size // rows)
+    return max(triton.cdiv(triton.cdiv(length, parts), SECTION), LEAST) * SECTION
+
+
+def _rows(tensor: Tensor | None, staged: bool) -> Tensor | None:
+    """Make neighbouring channels neighbours in memory; the rows may lie anywhere.
+
+    If they are to be staged through shared memory, anywhere at multiples of 16 bytes.
+    """
+    if tensor is None or (tensor.stride(-1) == 1 and not (staged and not aligned(tensor))):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def _transposed(tensor: Tensor | None) -> Tensor | None:
+    """Make neighbouring channels neighbours in memory, for (…, d_inner, d_state)."""
+    return None if tensor is None else tensor.mT.contiguous()
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else tensor.stride()[:2]

@@ -1,0 +1,214 @@
+"""The forward pass of the selective scan in Triton, and the ends of its chunks.
+
+A program is one warp. It takes 32 channels of a sequence, one for each thread, and goes along the
+length in tiles of TILE tokens. A tile is a block [TILE, BLOCK_N, BLOCK_D] of decays and of inputs.
+Triton spreads the last axis of such a block over the 32 lanes and leaves the other two to the
+registers of each thread. So
+
+- what runs along time, and the sum over the states, needs no communication at all;
+- B and C, which all channels share, are read by all lanes at once from shared memory, where
+  Triton's pipeline has put them while the tiles before were computed;
+- nothing waits for another warp.
+
+What is left is what the arithmetic needs: of about 130 instructions per token and warp, 80 are the
+five that each of the 16 states takes, and 16 of those are exponentials, for which the chip has the
+fewest units.
+"""
+
+from mamba_tutorial.kernels._gates import LOG2E, carry, sigmoid, softplus
+from mamba_tutorial.kernels._triton import tl, triton
+
+
+@triton.jit
+def row_of(tile, k: tl.constexpr):
+    """Return tile[k : k + 1]. k is a constant in every thread, so this is a choice of register."""
+    here = (tl.arange(0, tile.shape[0]) == k)[:, None, None]
+    bits = tile.to(tl.int32, bitcast=True)  # integers: the compiler knows that n + 0 is n
+    bits = tl.sum(tl.where(here, bits, 0), axis=0, keep_dims=True)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def with_row(tile, k: tl.constexpr, row):
+    """Return the tile with tile[k : k + 1] = row."""
+    here = (tl.arange(0, tile.shape[0]) == k)[:, None, None]
+    return tl.where(here, row, tile)
+
+
+@triton.jit
+def step_size(dt, inside, SOFTPLUS: tl.constexpr):
+    """Return Δ, zero where there is no token: then the decay is 1 and the input 0."""
+    return tl.where(inside, softplus(dt) if SOFTPLUS else dt, 0.0)
+
+
+@triton.jit
+def exprel(z, exp):
+    """(e^z − 1)/z, near 0 by its series Σ z^k/(k+1)!, where the difference would cancel."""
+    near = tl.abs(z) < 0.6
+    s = tl.where(near, z, 0.0)
+    p = 1 / 5040 + s * (1 / 40320 + s * (1 / 362880))
+    p = 1 / 24 + s * (1 / 120 + s * (1 / 720 + s * p))
+    p = 1 + s * (1 / 2 + s * (1 / 6 + s * p))
+    return tl.where(near, p, (exp - 1) / tl.where(near, 1.0, z))
+
+
+@triton.jit
+def below(index, count, ALWAYS: tl.constexpr):
+    """Return index < count, as a constant where it always holds: then the masks vanish."""
+    return tl.full(index.shape, True, tl.int1) if ALWAYS else index < count
+
+
+@triton.jit
+def place(rows, chunks, BLOCK_D: tl.constexpr):
+    """Return the block of channels, the chunk and the sequence of this program."""
+    blocks = tl.cdiv(rows, BLOCK_D)
+    program = tl.program_id(0)
+    return program % blocks, program // blocks % chunks, (program // blocks // chunks).to(tl.int64)
+
+
+@triton.jit
+def forward(
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, h0_ptr, ends_ptr, spans_ptr,
+    y_ptr, starts_ptr, last_ptr,
+    length, chunk, d_inner, d_state, x_batch, x_row, dt_batch, dt_row, z_batch, z_row,
+    HALVES: tl.constexpr, EVERY: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """A: (d_state, d_inner); h0, ends, starts, last: (batch, …, d_state, d_inner), float32."""
+    chunks = tl.cdiv(length, chunk)
+    block, part, batch = place(d_inner, chunks, BLOCK_D)
+    t, n = tl.arange(0, TILE)[:, None], tl.arange(0, BLOCK_N)
+    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    real, states = (d < d_inner)[None, :], (n < d_state)[None, :]
+    square = states[:, :, None] & real[:, None, :]  # [1, BLOCK_N, BLOCK_D], as the state is held
+    # Claiming no alignment keeps Triton from loading four channels at once, which would put the
+    # states on lanes, here and in all that follows.
+    at = tl.multiple_of(n[None, :, None] * d_inner + d[None, None, :], [1, 1, 1])
+    size = d_state * d_inner
+    A = tl.load(A_ptr + at, square, 0.0)
+    A2 = A * LOG2E
+    h = tl.zeros([1, BLOCK_N, BLOCK_D], tl.float32)
+    if h0_ptr is not None:
+        h = tl.load(h0_ptr + batch * size + at, square, 0.0)
+    if ends_ptr is not None:
+        for earlier in range(part):
+            for half in tl.static_range(HALVES):
+                slot = HALVES * (batch * (chunks - 1) + earlier) + half
+                span = tl.load(spans_ptr + slot * d_inner + d[None, None, :], real[:, None, :], 0.0)
+                h = carry(h, span * A2) + tl.load(ends_ptr + slot * size + at, square, 0.0)
+    skip = tl.load(D_ptr + d[None, :], real, 0.0) if D_ptr is not None else 0.0
+    bias = tl.load(bias_ptr + d[None, :], real, 0.0) if bias_ptr is not None else 0.0
+    # Tokens are counted from the first of the chunk, so that offsets fit 32 bits.
+    first = part.to(tl.int64) * chunk
+    token = batch * length + first
+    x_ptr += batch * x_batch + first * x_row
+    dt_ptr += batch * dt_batch + first * dt_row
+    B_ptr += token * d_state
+    C_ptr += token * d_state
+    y_ptr += token * d_inner
+    if z_ptr is not None:
+        z_ptr += batch * z_batch + first * z_row
+    if starts_ptr is not None:
+        starts_ptr += batch * tl.cdiv(length, EVERY) * size
+    tokens = tl.minimum(length - part * chunk, chunk)
+    for start in tl.range(0, tokens, TILE, num_stages=3):
+        row = start + t
+        inside = row < tokens
+        x = tl.load(x_ptr + row * x_row + d[None, :], inside & real, 0.0).to(tl.float32)
+        dt = tl.load(dt_ptr + row * dt_row + d[None, :], inside & real, 0.0).to(tl.float32)
+        B = tl.load(B_ptr + row * d_state + n[None, :], inside & states, 0.0)
+        C = tl.load(C_ptr + row * d_state + n[None, :], inside & states, 0.0)
+        if starts_ptr is not None:
+            if start % EVERY == 0:
+                tl.store(starts_ptr + (first + start) // EVERY * size + at, h, square)
+        step = step_size(dt + bias, inside, SOFTPLUS)
+        a = tl.exp2(step[:, None, :] * A2)  # [TILE, BLOCK_N, BLOCK_D] from here on
+        b = (step * x)[:, None, :] * B[:, :, None]
+        if EXACT:
+            b *= exprel(step[:, None, :] * A, a)
+        hs = b
+        for k in tl.static_range(TILE):
+            h = row_of(a, k) * h + row_of(b, k)
+            hs = with_row(hs, k, h)
+        y = tl.sum(hs * C[:, :, None], axis=1) + skip * x
+        if z_ptr is not None:
+            z = tl.load(z_ptr + row * z_row + d[None, :], inside & real, 0.0).to(tl.float32)
+            y *= z * sigmoid(z)
+        tl.store(y_ptr + row * d_inner + d[None, :], y.to(y_ptr.dtype.element_ty), inside & real)
+    if part == chunks - 1:
+        tl.store(last_ptr + batch * size + at, h, square)
+
+
+@triton.jit
+def ends(
+    u_ptr, dt_ptr, A_ptr, V_ptr, z_ptr, bias_ptr, ends_ptr, spans_ptr, share,
+    length, chunk, d_inner, d_state, u_batch, u_row, dt_batch, dt_row, z_batch, z_row,
+    HALVES: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, WHOLE: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """What chunks give to the next, from nothing, and their lengths ΣΔ.
+
+    Forwards u = x, V = B and h ← a h + Δ u V, for all chunks but the last. In reverse u = dy,
+    V = C and G ← a (G + u silu(z) V), the gradient of the state before; for all but the first.
+
+    One chunk less than there are programs in `forward`: some schedulers would have one warp, and
+    the others two. So, where it pays, as many programs share the work evenly, `share` tokens each:
+    a program does the tail of one chunk and the head of the next.
+    """
+    chunks = tl.cdiv(length, chunk)
+    block, part, batch = place(d_inner, chunks, BLOCK_D)
+    t, n = tl.arange(0, TILE)[:, None], tl.arange(0, BLOCK_N)
+    d = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    real, states = below(d[None, :], d_inner, WHOLE), below(n[None, :], d_state, WHOLE)
+    square = states[:, :, None] & real[:, None, :]
+    at = tl.multiple_of(n[None, :, None] * d_inner + d[None, None, :], [1, 1, 1])
+    A = tl.load(A_ptr + at, square, 0.0)
+    A2 = A * LOG2E
+    bias = tl.load(bias_ptr + d[None, :], real, 0.0) if bias_ptr is not None else 0.0
+    for half in range(2 - HALVES, 2):
+        begin, end = part * share, part * chunk  # the tail of the chunk before
+        if half == 1:
+            begin, end = end, tl.minimum(begin + share, (chunks - 1) * chunk)
+        if REVERSE:
+            begin, end = chunks * chunk - end, chunks * chunk - begin
+        first = begin.to(tl.int64)
+        u_row_ptr = u_ptr + batch * u_batch + first * u_row
+        dt_row_ptr = dt_ptr + batch * dt_batch + first * dt_row
+        V_row_ptr = V_ptr + (batch * length + first) * d_state
+        if z_ptr is not None:
+            z_row_ptr = z_ptr + batch * z_batch + first * z_row
+        h = tl.zeros([1, BLOCK_N, BLOCK_D], tl.float32)
+        span = tl.zeros([TILE, BLOCK_D], tl.float32)
+        tokens = tl.minimum(end, length) - begin
+        for start in tl.range(0, tokens, TILE, num_stages=3):
+            row = start + t
+            if REVERSE:
+                row = tokens - 1 - start - t
+            inside = below(start + t, tokens, WHOLE)
+            u = tl.load(u_row_ptr + row * u_row + d[None, :], inside & real, 0.0).to(tl.float32)
+            dt = tl.load(dt_row_ptr + row * dt_row + d[None, :], inside & real, 0.0)
+            V = tl.load(V_row_ptr + row * d_state + n[None, :], inside & states, 0.0)
+            step = step_size(dt.to(tl.float32) + bias, inside, SOFTPLUS)
+            span += step
+            a = tl.exp2(step[:, None, :] * A2)
+            if REVERSE:
+                if z_ptr is not None:
+                    z = tl.load(z_row_ptr + row * z_row + d[None, :], inside & real, 0.0)
+                    z = z.to(tl.float32)
+                    u *= z * sigmoid(z)
+            else:
+                u *= step
+            b = u[:, None, :] * V[:, :, None]
+            if EXACT and not REVERSE:
+                b *= exprel(step[:, None, :] * A, a)
+            for k in tl.static_range(TILE):
+                if REVERSE:
+                    h = row_of(a, k) * (h + row_of(b, k))
+                else:
+                    h = row_of(a, k) * h + row_of(b, k)
+        record = HALVES * part + half - 1
+        known = (record >= 0) & (record < HALVES * (chunks - 1))
+        slot = batch * HALVES * (chunks - 1) + record
+        tl.store(ends_ptr + slot * d_state * d_inner + at, h, known & square)
+        span = tl.sum(span, axis=0)[None, :]
+        tl.store(spans_ptr + slot * d_inner + d[None, :], span, known & real)
