@@ -314,6 +314,31 @@ def selective() -> Iterator[Row]:
         del given, last, candidates, upstream
 
 
+def lessons() -> Iterator[Row]:
+    """The steps to the fused scan, float32: batch 8, length 512, d_inner 2048, 16 states."""
+    steps = importlib.import_module("mamba_tutorial.kernels.lessons.forward")
+    x, dt, A, B, C, D, z, bias = (tensor.float() for tensor in scan_inputs(8, 512, 2048))
+    full, bare = (x, dt, A, B, C, D, z, bias), (x, dt.abs(), A, B, C)
+    h0 = x.new_zeros(8, 2048, 16)
+    runs = {
+        "all states of a channel": lambda: steps.all_states(*bare),
+        "channels over lanes": lambda: steps.many_channels(*bare),
+        "in tiles": lambda: steps.in_tiles(*bare),
+        "softplus, skip and gate": lambda: steps.gated(*full),
+        "any size": lambda: steps.any_size(*full, h0),
+        "the package, in Triton": lambda: plain_scan(*full),
+        "the package, in Gluon": lambda: ours_scan(*full),
+    }
+    for name, run in runs.items():
+
+        def measure(run=run) -> Row:
+            took, how = milliseconds(no_grad(run))
+            return {"forward_ms": took, "how": how}
+
+        with without_gluon() if name.endswith("Triton") else nullcontext():
+            yield attempt({"name": name}, measure)
+
+
 def _exact(given: Sequence[Tensor]) -> Tensor:
     """Return the first 4096 tokens of 32 channels of the first sequence, in float64."""
     part = [t[:1, :4096, :32] if t.ndim == 3 else t[:32] for t in given]
@@ -565,7 +590,17 @@ def block() -> Iterator[Row]:
 
 SECTIONS = {
     section.__name__: section
-    for section in (recurrence, selective, attention, decode, generation, training, layers, block)
+    for section in (
+        recurrence,
+        selective,
+        lessons,
+        attention,
+        decode,
+        generation,
+        training,
+        layers,
+        block,
+    )
 }
 
 

@@ -696,19 +696,3 @@ def test_triton_compiles_for_two_generations_of_gpus_and_hardly_spills(chip):
     count = float(re.search(r"instructions per token: (\S+)", result.stdout)[1])
     assert 5 * 16 < count < 140
     assert "sizes of one: 15" in result.stdout
-
-
-# the first kernels of the last chapter
-
-
-@needs_triton
-@pytest.mark.parametrize("length", [1, 64, 150])
-def test_lessons_are_the_recurrence(length):
-    lessons = importlib.import_module("mamba_tutorial.kernels.lessons")
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.rand(3, length, generator=generator).to(DEVICE) for _ in range(2))
-    exact = linear_scan(a, b, method="sequential")
-    torch.testing.assert_close(lessons.scan_row(a, b), exact)
-    torch.testing.assert_close(lessons.step(a, b, b), a * b + b)
-    if length & (length - 1) == 0:
-        torch.testing.assert_close(lessons.scan_block(a, b), exact)

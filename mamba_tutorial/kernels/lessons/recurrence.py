@@ -1,7 +1,4 @@
-"""The first kernels of chapter 10: one step, one block, one row. Not fast; nobody else calls them.
-
-Each function checks nothing and takes contiguous float32 tensors on one device.
-"""
+"""The recurrence h_t = a_t h_{t−1} + b_t, from one step to a row of any length."""
 
 import torch
 from torch import Tensor
