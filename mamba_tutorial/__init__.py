@@ -10,7 +10,8 @@ One module per idea, in the order of the book:
 - `scan`: the linear recurrence in parallel, `linear_scan`
 - `mamba`: the block and the language model; `checkpoints`: the files of trained models
 - `ops`: the compiled routines as operators of PyTorch
-- `kernels`: compiled loops, for those who have a compiler; `benchmark`: how fast they are
+- `kernels`: compiled loops, for those who have a compiler; `counts`: how fast they can be at best;
+  `benchmark`: how fast they are
 - `tasks`, `training`: synthetic tasks, and one loop to train on them
 - `data`: the recorded signals the chapters use
 - `plotting`: the pictures of the chapters (needs matplotlib)

@@ -771,6 +771,51 @@ def spread(
     return figure
 
 
+def memories(levels: Sequence[tuple[str, str, str]]) -> Figure:
+    """Draw a chip's memories as boxes that grow as they get slower.
+
+    Args:
+        levels: from the nearest to the farthest, each its name, its size and its speed.
+    """
+    figure, (ax,) = _subplots(0.62 * len(levels) + 0.3)
+    colors = [ORANGE, TEAL, BLUE, GREY, PLUM]
+    for row, ((name, size, speed), color) in enumerate(zip(levels, colors, strict=False)):
+        width, y = 1.2 + 0.9 * row, len(levels) - row
+        box = Rectangle(
+            (2.6 - width / 2, y), width, 0.62, facecolor=color, alpha=0.35, edgecolor=INK
+        )
+        ax.add_patch(box)
+        ax.text(2.6, y + 0.31, size, ha="center", va="center", fontsize=9)
+        ax.text(-0.3, y + 0.31, name, ha="right", va="center")
+        ax.text(5.0, y + 0.31, speed, ha="left", va="center", fontsize=9.5)
+        if row:
+            _arrow(ax, (2.6, y + 0.64), (2.6, y + 0.98))
+    ax.set(xlim=(-2.6, 9.2), ylim=(0.8, len(levels) + 0.8))
+    ax.axis("off")
+    return figure
+
+
+def timelines(panels: Mapping[str, ArrayLike]) -> Figure:
+    """Draw what warps do in each clock, (warps, clocks): 1 where one issues, 0 where it waits."""
+    rows = [np.asarray(panel) for panel in panels.values()]
+    figure = plt.figure(figsize=(WIDTH, 0.2 * sum(len(r) + 1 for r in rows) + 0.5 * len(rows)))
+    plt.close(figure)
+    axes = figure.subplots(len(rows), 1, height_ratios=[len(r) + 1 for r in rows], sharex=True)
+    colors = LinearSegmentedColormap.from_list("busy", [PALE, BLUE])
+    for ax, (title, warps) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+        busy = np.asarray(warps).max(axis=0, keepdims=True)
+        picture = np.concatenate([np.asarray(warps), 0 * busy, busy])
+        ax.imshow(picture, aspect="auto", cmap=colors, vmin=0, vmax=1, interpolation="none")
+        ax.axhspan(len(warps) - 0.5, len(warps) + 0.5, color="white")
+        names = [f"warp {k}" for k in range(len(warps))]
+        ax.set_yticks([*range(len(warps)), len(warps) + 1], [*names, "scheduler"], fontsize=8.5)
+        ax.set_title(f"{title}: busy {100 * busy.mean():.0f} % of the time", fontsize=9.5)
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+    ax.set_xlabel("clocks")
+    return figure
+
+
 def register_tile() -> Figure:
     """Draw how a tile of the fused scan lies in a warp: 32 threads, each with its registers."""
     figure, (ax,) = _subplots(3.3)

@@ -56,6 +56,8 @@ PICTURES = {
         log=True,
         marks={"a": 0.2},
     ),
+    "memories": lambda: plotting.memories([("a", "1", "fast"), ("b", "2", "slow")]),
+    "timelines": lambda: plotting.timelines({"a": np.eye(3), "b": np.ones((1, 3))}),
     "register_tile": plotting.register_tile,
     "shared_channels": plotting.shared_channels,
     "scan_levels": plotting.scan_levels,
