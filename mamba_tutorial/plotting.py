@@ -847,6 +847,27 @@ def register_tile() -> Figure:
     return figure
 
 
+def schedule(steps: Sequence[tuple[float, float, str]], *, xlabel: str) -> Figure:
+    """Draw what is done when: one bar for each step, in their order from above.
+
+    Args:
+        steps: where each begins and ends, and what it is; equal kinds share a colour.
+        xlabel: label of the x axis.
+    """
+    kinds = list(dict.fromkeys(kind for *_, kind in steps))
+    figure, (ax,) = _subplots(0.11 * len(steps) + 1.0)
+    for kind, color in zip(kinds, [BLUE, ORANGE, TEAL, PLUM], strict=False):
+        mine = [(row, *step[:2]) for row, step in enumerate(steps) if step[2] == kind]
+        rows, begins, ends = np.array(mine).T
+        widths, lefts = np.abs(ends - begins), np.minimum(begins, ends)
+        ax.barh(rows, widths, left=lefts, height=0.8, color=color, label=kind)
+    ax.set(xlabel=xlabel, ylabel="one after the other", yticks=[])
+    ax.invert_yaxis()
+    ax.margins(x=0)
+    ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(kinds))
+    return figure
+
+
 def shared_channels() -> Figure:
     """Draw two warps that share 32 channels: what each holds, and what both take from one place."""
     figure, (ax,) = _subplots(3.4)

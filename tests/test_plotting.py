@@ -56,6 +56,9 @@ PICTURES = {
         log=True,
         marks={"a": 0.2},
     ),
+    "schedule": lambda: plotting.schedule(
+        [(0.0, 2.0, "a"), (2.0, 0.0, "b"), (0.0, 1.0, "a")], xlabel="x"
+    ),
     "memories": lambda: plotting.memories([("a", "1", "fast"), ("b", "2", "slow")]),
     "timelines": lambda: plotting.timelines({"a": np.eye(3), "b": np.ones((1, 3))}),
     "register_tile": plotting.register_tile,
