@@ -855,7 +855,7 @@ def schedule(steps: Sequence[tuple[float, float, str]], *, xlabel: str) -> Figur
         xlabel: label of the x axis.
     """
     kinds = list(dict.fromkeys(kind for *_, kind in steps))
-    figure, (ax,) = _subplots(0.11 * len(steps) + 1.0)
+    figure, (ax,) = _subplots(0.11 * len(steps) + 1.4)
     for kind, color in zip(kinds, [BLUE, ORANGE, TEAL, PLUM], strict=False):
         mine = [(row, *step[:2]) for row, step in enumerate(steps) if step[2] == kind]
         rows, begins, ends = np.array(mine).T
@@ -864,7 +864,7 @@ def schedule(steps: Sequence[tuple[float, float, str]], *, xlabel: str) -> Figur
     ax.set(xlabel=xlabel, ylabel="one after the other", yticks=[])
     ax.invert_yaxis()
     ax.margins(x=0)
-    ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(kinds))
+    _legend_below(ax, columns=2)
     return figure
 
 

@@ -82,7 +82,8 @@ def _in_tiles(
     rows = tl.num_programs(0) // blocks * length  # of all sequences
     t, n = tl.arange(0, TILE)[:, None], tl.arange(0, STATES)
     d = block * LANES + tl.arange(0, LANES)
-    at = tl.multiple_of(n[None, :, None] * channels + d[None, None, :], [1, 1, 1])
+    at = n[None, :, None] * channels + d[None, None, :]
+    at = tl.multiple_of(at, [1, 1, 1])
     A = tl.load(A_ptr + at)
     G = tl.zeros([1, STATES, LANES], tl.float32)
     dA = tl.zeros([1, STATES, LANES], tl.float32)
@@ -90,8 +91,10 @@ def _in_tiles(
         tile = tiles - 1 - back
         row = batch * length + tile * TILE + t
         own, shared = row * channels + d[None, :], row * STATES + n[None, :]
-        x, dt, dy = tl.load(x_ptr + own), tl.load(dt_ptr + own), tl.load(dy_ptr + own)
-        B, C = tl.load(B_ptr + shared)[:, :, None], tl.load(C_ptr + shared)[:, :, None]
+        x, dt = tl.load(x_ptr + own), tl.load(dt_ptr + own)
+        dy = tl.load(dy_ptr + own)
+        B = tl.load(B_ptr + shared)[:, :, None]
+        C = tl.load(C_ptr + shared)[:, :, None]
         h = tl.load(starts_ptr + (batch * tiles + tile) * size + at)
         # the states of the tile, once more
         a, drive = tl.exp(dt[:, None, :] * A), (dt * x)[:, None, :]
@@ -111,7 +114,8 @@ def _in_tiles(
         tl.store(dx_ptr + own, inner * dt)
         tl.store(ddt_ptr + own, tl.sum(gammas * kept * A, axis=1) + inner * x)
         dA += tl.sum(gammas * kept * dt[:, None, :], axis=0, keep_dims=True)
-        dB = tl.sum(gammas * drive, axis=2)  # over the channels of this program: a part
+        # over the channels of this program: a part
+        dB = tl.sum(gammas * drive, axis=2)
         dC = tl.sum((kept + b) * dy[:, None, :], axis=2)
         tl.store(dB_ptr + block * rows * STATES + shared, dB)
         tl.store(dC_ptr + block * rows * STATES + shared, dC)

@@ -105,13 +105,16 @@ def _one_state(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, y_ptr, length):
 
 
 @triton.jit
-def _all_states(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, y_ptr, length, channels, STATES: tl.constexpr):
+def _all_states(
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, y_ptr, length, channels, STATES: tl.constexpr
+):  # fmt: skip
     batch, d = tl.program_id(0) // channels, tl.program_id(0) % channels
     n = tl.arange(0, STATES)
     A = tl.load(A_ptr + d * STATES + n)
     h = tl.zeros([STATES], tl.float32)
     for t in range(batch * length, (batch + 1) * length):
-        x, dt = tl.load(x_ptr + t * channels + d), tl.load(dt_ptr + t * channels + d)
+        x = tl.load(x_ptr + t * channels + d)
+        dt = tl.load(dt_ptr + t * channels + d)
         B, C = tl.load(B_ptr + t * STATES + n), tl.load(C_ptr + t * STATES + n)
         h = tl.exp(dt * A) * h + dt * x * B
         tl.store(y_ptr + t * channels + d, tl.sum(C * h))
@@ -129,7 +132,8 @@ def _many_channels(
     A = tl.load(A_ptr + n * channels + d)  # (states, channels) in memory
     h = tl.zeros([STATES, LANES], tl.float32)
     for t in range(batch * length, (batch + 1) * length):
-        x, dt = tl.load(x_ptr + t * channels + d), tl.load(dt_ptr + t * channels + d)
+        x = tl.load(x_ptr + t * channels + d)
+        dt = tl.load(dt_ptr + t * channels + d)
         B, C = tl.load(B_ptr + t * STATES + n), tl.load(C_ptr + t * STATES + n)
         h = tl.exp(dt * A) * h + dt * x * B
         tl.store(y_ptr + t * channels + d, tl.sum(C * h, axis=0, keep_dims=True))
@@ -144,10 +148,12 @@ def _in_tiles(
     batch, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     t, n = tl.arange(0, TILE)[:, None], tl.arange(0, STATES)
     d = block * LANES + tl.arange(0, LANES)
-    at = tl.multiple_of(n[None, :, None] * channels + d[None, None, :], [1, 1, 1])
+    at = n[None, :, None] * channels + d[None, None, :]
+    at = tl.multiple_of(at, [1, 1, 1])
     A = tl.load(A_ptr + at)  # [1, STATES, LANES]
     h = tl.zeros([1, STATES, LANES], tl.float32)
-    for start in tl.range(batch * length, (batch + 1) * length, TILE, num_stages=3):
+    first = batch * length
+    for start in tl.range(first, first + length, TILE, num_stages=3):
         row = start + t
         x = tl.load(x_ptr + row * channels + d[None, :])  # [TILE, LANES]
         dt = tl.load(dt_ptr + row * channels + d[None, :])
@@ -165,18 +171,22 @@ def _in_tiles(
 
 @triton.jit
 def _gated(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, y_ptr, length, channels,
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, y_ptr,
+    length, channels,
     STATES: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     blocks = channels // LANES
     batch, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     t, n = tl.arange(0, TILE)[:, None], tl.arange(0, STATES)
     d = block * LANES + tl.arange(0, LANES)
-    at = tl.multiple_of(n[None, :, None] * channels + d[None, None, :], [1, 1, 1])
+    at = n[None, :, None] * channels + d[None, None, :]
+    at = tl.multiple_of(at, [1, 1, 1])
     A2 = tl.load(A_ptr + at) * LOG2E  # [1, STATES, LANES]
-    D, bias = tl.load(D_ptr + d[None, :]), tl.load(bias_ptr + d[None, :])
+    D = tl.load(D_ptr + d[None, :])
+    bias = tl.load(bias_ptr + d[None, :])
     h = tl.zeros([1, STATES, LANES], tl.float32)
-    for start in tl.range(batch * length, (batch + 1) * length, TILE, num_stages=3):
+    first = batch * length
+    for start in tl.range(first, first + length, TILE, num_stages=3):
         row = start + t
         x = tl.load(x_ptr + row * channels + d[None, :])  # [TILE, LANES]
         dt = tl.load(dt_ptr + row * channels + d[None, :])
@@ -197,8 +207,9 @@ def _gated(
 
 @triton.jit
 def _any_size(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, h0_ptr, y_ptr, last_ptr,
-    length, channels, states, STATES: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, h0_ptr, y_ptr,
+    last_ptr, length, channels, states,
+    STATES: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(channels, LANES)
     batch, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -206,16 +217,19 @@ def _any_size(
     d = block * LANES + tl.arange(0, LANES)
     real, known = (d < channels)[None, :], (n < states)[None, :]
     square = known[:, :, None] & real[:, None, :]
-    at = tl.multiple_of(n[None, :, None] * channels + d[None, None, :], [1, 1, 1])
+    at = n[None, :, None] * channels + d[None, None, :]
+    at = tl.multiple_of(at, [1, 1, 1])
     A2 = tl.load(A_ptr + at, square, 0.0) * LOG2E  # [1, STATES, LANES]
-    D, bias = tl.load(D_ptr + d[None, :], real, 0.0), tl.load(bias_ptr + d[None, :], real, 0.0)
+    D = tl.load(D_ptr + d[None, :], real, 0.0)
+    bias = tl.load(bias_ptr + d[None, :], real, 0.0)
     h = tl.load(h0_ptr + batch * states * channels + at, square, 0.0)
     for start in tl.range(0, length, TILE, num_stages=3):
         inside, row = start + t < length, batch * length + start + t
-        x = tl.load(x_ptr + row * channels + d[None, :], inside & real, 0.0)  # [TILE, LANES]
-        dt = tl.load(dt_ptr + row * channels + d[None, :], inside & real, 0.0)
-        B = tl.load(B_ptr + row * states + n[None, :], inside & known, 0.0)  # [TILE, STATES]
-        C = tl.load(C_ptr + row * states + n[None, :], inside & known, 0.0)
+        own, shared = row * channels + d[None, :], row * states + n[None, :]
+        x = tl.load(x_ptr + own, inside & real, 0.0)  # [TILE, LANES]
+        dt = tl.load(dt_ptr + own, inside & real, 0.0)
+        B = tl.load(B_ptr + shared, inside & known, 0.0)  # [TILE, STATES]
+        C = tl.load(C_ptr + shared, inside & known, 0.0)
         step = tl.where(inside, softplus(dt + bias), 0.0)
         a = tl.exp2(step[:, None, :] * A2)  # [TILE, STATES, LANES]
         b = (step * x)[:, None, :] * B[:, :, None]
@@ -224,7 +238,7 @@ def _any_size(
             h = row_of(a, k) * h + row_of(b, k)
             hs = with_row(hs, k, h)
         y = tl.sum(hs * C[:, :, None], axis=1) + D * x
-        z = tl.load(z_ptr + row * channels + d[None, :], inside & real, 0.0)
+        z = tl.load(z_ptr + own, inside & real, 0.0)
         y *= z * sigmoid(z)
-        tl.store(y_ptr + row * channels + d[None, :], y, inside & real)
+        tl.store(y_ptr + own, y, inside & real)
     tl.store(last_ptr + batch * states * channels + at, h, square)

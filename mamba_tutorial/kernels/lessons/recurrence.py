@@ -33,7 +33,8 @@ def scan_row(a: Tensor, b: Tensor, block: int = 64) -> Tensor:
 
 @triton.jit
 def _step(a_ptr, h_ptr, b_ptr, out_ptr, size, BLOCK: tl.constexpr):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # the places of this program
+    # the places of this program
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < size
     a = tl.load(a_ptr + i, inside)
     h = tl.load(h_ptr + i, inside)
@@ -49,7 +50,8 @@ def _join(a1, b1, a2, b2):
 @triton.jit
 def _scan_block(a_ptr, b_ptr, out_ptr, LENGTH: tl.constexpr):
     i = tl.program_id(0) * LENGTH + tl.arange(0, LENGTH)
-    _, h = tl.associative_scan((tl.load(a_ptr + i), tl.load(b_ptr + i)), 0, _join)
+    steps = tl.load(a_ptr + i), tl.load(b_ptr + i)
+    _, h = tl.associative_scan(steps, 0, _join)
     tl.store(out_ptr + i, h)
 
 
