@@ -370,27 +370,39 @@ def _selective(scan: Callable, given: Sequence[Tensor], upstream: Tensor, exact:
 
 
 def attention() -> Iterator[Row]:
-    """Causal FlashAttention and the selective scan, width 1024, 65536 tokens in all, forward."""
-    for length in (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536):
-        batch = 65536 // length
-        shape = {"batch": batch, "length": length}
+    """Causal attention and the selective scan, width 1024, forward and forward + backward.
 
-        def flash(batch=batch, length=length) -> Row:
-            heads = torch.randn(3, batch, 16, length, 64, device="cuda", dtype=torch.bfloat16)
-            backend = torch.nn.attention.SDPBackend.FLASH_ATTENTION
-            with torch.nn.attention.sdpa_kernel(backend):
-                took, how = milliseconds(
-                    no_grad(lambda: F.scaled_dot_product_attention(*heads, is_causal=True))
-                )
-            return {"forward_ms": took, "how": how}
+    At 65536 tokens in all, and for one sequence. Attention by FlashAttention and by cuDNN, as
+    PyTorch brings them, with 16 heads, bfloat16.
+    """
+    lengths = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+    shapes = [(65536 // length, length) for length in lengths]
+    for batch, length in shapes + [(1, length) for length in lengths[:-1]]:
+        shape = {"batch": batch, "length": length}
+        for kind in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
+
+            def attend(kind=kind, batch=batch, length=length) -> Row:
+                heads = torch.randn(3, batch, 16, length, 64, device="cuda", dtype=torch.bfloat16)
+                with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, kind)):
+                    return _both_ways(
+                        partial(F.scaled_dot_product_attention, is_causal=True), list(heads)
+                    )
+
+            yield attempt({**shape, "name": kind}, attend)
 
         def ours(batch=batch, length=length) -> Row:
-            given = scan_inputs(batch, length, 1024)
-            took, how = milliseconds(no_grad(lambda: ours_scan(*given)))
-            return {"forward_ms": took, "how": how}
+            return _both_ways(ours_scan, scan_inputs(batch, length, 1024))
 
-        yield attempt({**shape, "name": "FlashAttention, causal"}, flash)
         yield attempt({**shape, "name": "mamba_tutorial"}, ours)
+
+
+def _both_ways(run: Callable, given: Sequence[Tensor]) -> Row:
+    """Return the times of run(*given), without and with its gradients."""
+    forward, how = milliseconds(no_grad(lambda: run(*given)))
+    leaves = [tensor.detach().requires_grad_() for tensor in given]
+    upstream = torch.randn_like(run(*leaves))
+    both, both_how = milliseconds(lambda: torch.autograd.grad(run(*leaves), leaves, upstream))
+    return {"forward_ms": forward, "both_ms": both, "how": how if how == both_how else "called"}
 
 
 # one token at a time
@@ -459,6 +471,82 @@ def generation() -> Iterator[Row]:
                 {**shape, "name": f"transformers, {name}"},
                 lambda n=name, i=ids: _throughput(partial(_peer(n), i), i, 32),
             )
+
+
+def contexts() -> Iterator[Row]:
+    """One more token of a model of 130 million parameters, after contexts of several lengths.
+
+    bfloat16, a replayed CUDA graph for both. The Transformer has 12 layers, the same width, a
+    cache of fixed size and the quickest attention that PyTorch has for it.
+    """
+    torch.manual_seed(0)
+    model = MambaLM(SMALL).cuda().bfloat16().eval()
+    for batch in (1, 16, 64):
+
+        def ours(batch=batch) -> Row:
+            step, state = StepGraph(model, batch), model.initial_state(batch)
+            ids = torch.randint(50000, (batch,), device="cuda")
+            _, state = step(ids, state)
+            took, _ = milliseconds(lambda: step(ids, state))
+            kept = sum(part.nbytes for pair in state for part in pair) / 2**20
+            return {"ms_per_token": took, "kept_mib": kept}
+
+        yield attempt({"name": "mamba_tutorial", "batch": batch}, ours)
+        for context in (1024, 4096, 16384, 65536):
+            row = {"name": "Transformer", "batch": batch, "context": context}
+            yield attempt(row, partial(_transformer_token, batch, context))
+            torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def _transformer_token(batch: int, context: int) -> Row:
+    """Return the time of a token, by the quickest attention, and the size of the cache."""
+    model = Transformer(batch, context).cuda().bfloat16()
+    ids = torch.randint(50000, (batch,), device="cuda")
+    times = {}
+    for kind in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
+        try:
+            with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, kind)):
+                times[kind] = milliseconds(lambda: model(ids))[0]
+        except RuntimeError:  # a backend that cannot do this
+            continue
+    best = min(times, key=times.get)
+    return {"ms_per_token": times[best], "attention": best, "kept_mib": model.cache.nbytes / 2**20}
+
+
+class Transformer(torch.nn.Module):
+    """A Transformer of the size of mamba-130m, for one token after a context of fixed length."""
+
+    def __init__(self, batch: int, context: int, layers: int = 12, width: int = 768):
+        super().__init__()
+        self.width, self.heads = width, width // 64
+        self.embedding = torch.nn.Embedding(50280, width)
+        self.norm = torch.nn.RMSNorm(width)
+        sizes = {"qkv": (width, 3), "out": (width, 1), "up": (width, 4)}
+        self.layers = torch.nn.ModuleList(
+            torch.nn.ModuleDict(
+                {name: torch.nn.Linear(n, k * n, bias=False) for name, (n, k) in sizes.items()}
+                | {"down": torch.nn.Linear(4 * width, width, bias=False)}
+                | {"first": torch.nn.RMSNorm(width), "second": torch.nn.RMSNorm(width)}
+            )
+            for _ in range(layers)
+        )
+        shape = layers, 2, batch, self.heads, context + 1, 64
+        self.register_buffer("cache", torch.randn(shape, dtype=torch.bfloat16, device="cuda"))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the logits of the next token; ids (batch,)."""
+        u = self.embedding(ids)[:, None]
+        for layer, (keys, values) in zip(self.layers, self.cache.unbind(0), strict=True):
+            q, k, v = (
+                part.unflatten(-1, (self.heads, 64)).transpose(1, 2)
+                for part in layer["qkv"](layer["first"](u)).chunk(3, dim=-1)
+            )
+            keys[:, :, -1:], values[:, :, -1:] = k, v
+            y = F.scaled_dot_product_attention(q, keys, values)
+            u = u + layer["out"](y.transpose(1, 2).flatten(2))
+            u = u + layer["down"](F.gelu(layer["up"](layer["second"](u))))
+        return self.norm(u[:, 0]) @ self.embedding.weight.T
 
 
 _PEERS: dict[str, Callable] = {}
@@ -597,6 +685,7 @@ SECTIONS = {
         attention,
         decode,
         generation,
+        contexts,
         training,
         layers,
         block,
