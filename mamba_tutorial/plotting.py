@@ -376,6 +376,7 @@ def convergence(dt: ArrayLike, panels: Panels, exact: float = 1e-12) -> Figure:
             drawn = np.full(len(dt), np.nan) if rounding else error
             ax.loglog(dt, drawn, marker=marker, ms=4, label=text)
         ax.set(title=title, xlabel=r"step $\Delta$ (s)")
+        ax.set_xticks(dt[::2], [f"{step:.3g}" for step in dt[::2]])
         ax.xaxis.set_minor_formatter(NullFormatter())
         _legend_below(ax, columns=1)
     axes[0].set_ylabel("largest error")
@@ -393,8 +394,7 @@ def stability_regions(
         size = np.abs(factor(re + 1j * im))
         ax.contourf(re, im, size, levels=[0, 1], colors=[PALE])
         ax.contour(re, im, size, levels=[1], colors=[BLUE], linewidths=1.6)
-        inner = ax.contour(re, im, size, levels=[0.25, 0.5, 0.75], colors=[GREY], linewidths=0.6)
-        ax.clabel(inner, fontsize=7, fmt="%g")
+        ax.contour(re, im, size, levels=[0.25, 0.5, 0.75], colors=[INK], linewidths=0.6)
         ax.axvline(0, color=INK, lw=0.7)
         ax.axhline(0, color=INK, lw=0.7)
         ax.set(title=title, xlabel=r"Re $\Delta\lambda$")
@@ -457,8 +457,9 @@ def slider(
     start: int,
     xlabel: str,
     description: str,
+    smooth: bool = False,
 ) -> Interactive:
-    """Draw held signals as staircases, some fixed and some that move with a slider.
+    """Draw signals, some fixed and some that move with a slider: as staircases, or smooth.
 
     A value that is NaN is not drawn.
 
@@ -472,6 +473,7 @@ def slider(
         start: the index of the value that is shown first.
         xlabel: label of the x axis.
         description: what the picture shows, for those who cannot see it.
+        smooth: join the values by straight lines in the place of stairs.
     """
     return Interactive(
         "slider.html",
@@ -480,11 +482,12 @@ def slider(
             "fixed": {name: _short(curve) for name, curve in fixed.items()},
             "moving": {name: [_short(c) for c in curves] for name, curves in moving.items()},
             "label": label,
-            "values": [f"{value:.3g}" if value % 1 else f"{value:g}" for value in values],
+            "values": [_written(value) for value in values],
             "notes": list(notes),
             "start": start,
             "xlabel": xlabel,
             "description": description,
+            "smooth": smooth,
         },
         f"{label}: a figure with a slider of {len(values)} steps",
     )
@@ -952,6 +955,10 @@ def look_back() -> Figure:
     ax.set(xlim=(-8.5, tile + 1.5), ylim=(-0.2, 3))
     ax.axis("off")
     return figure
+
+
+def _written(value: float) -> str:
+    return (f"{value:.3g}" if value % 1 else f"{value:g}").replace("-", "−")
 
 
 def _short(values: ArrayLike) -> list[float | None]:
