@@ -638,7 +638,7 @@ class MambaLM(nn.Module):
 class StepGraph:
     """`MambaLM.step` on a GPU as one CUDA graph: recorded once, then replayed.
 
-    A step is some fifteen kernels for each layer, and each runs for a few microseconds. To start
+    A step is many small kernels for each layer, and each runs for a few microseconds. To start
     them one by one from Python takes longer than to run them. Recorded, they start all at once.
 
     A graph reads and writes fixed places in memory. So the logits and the state that a call returns
