@@ -323,6 +323,7 @@ def lessons() -> Iterator[Row]:
     runs = {
         "all states of a channel": lambda: steps.all_states(*bare),
         "channels over lanes": lambda: steps.many_channels(*bare),
+        "in tiles, none in flight": lambda: steps.in_tiles(*bare, stages=1),
         "in tiles": lambda: steps.in_tiles(*bare),
         "softplus, skip and gate": lambda: steps.gated(*full),
         "any size": lambda: steps.any_size(*full, h0),

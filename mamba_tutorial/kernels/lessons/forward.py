@@ -45,13 +45,13 @@ def many_channels(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Ten
     return y
 
 
-def in_tiles(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """Return y; the length is a multiple of TILE, too."""
+def in_tiles(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, stages: int = 3) -> Tensor:
+    """Return y; the length is a multiple of TILE, too. `stages` − 1 tiles are in flight."""
     (batch, length, channels), y = x.shape, torch.empty_like(x)
     with on(x):
         _in_tiles[(batch * channels // LANES,)](
             *(x, dt, A.T.contiguous(), B, C, y, length, channels),
-            STATES=A.shape[1], LANES=LANES, TILE=TILE, num_warps=1,
+            STATES=A.shape[1], LANES=LANES, TILE=TILE, STAGES=stages, num_warps=1,
         )  # fmt: skip
     return y
 
@@ -143,6 +143,7 @@ def _many_channels(
 def _in_tiles(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, y_ptr, length, channels,
     STATES: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     blocks = channels // LANES
     batch, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -153,7 +154,7 @@ def _in_tiles(
     A = tl.load(A_ptr + at)  # [1, STATES, LANES]
     h = tl.zeros([1, STATES, LANES], tl.float32)
     first = batch * length
-    for start in tl.range(first, first + length, TILE, num_stages=3):
+    for start in tl.range(first, first + length, TILE, num_stages=STAGES):
         row = start + t
         x = tl.load(x_ptr + row * channels + d[None, :])  # [TILE, LANES]
         dt = tl.load(dt_ptr + row * channels + d[None, :])
