@@ -63,6 +63,7 @@ def _readers() -> dict:
         "S4D, random A": {"layer": "S4D", "init": "random", **size},
         "S4D, random A, Re = -1/2": {"layer": "S4D", "init": "random, slow", **size},
         "S4D, real A": {"layer": "S4D", "init": "real", **size},
+        "S4D, shuffled pixels": {"layer": "S4D", "init": "legs", **size, "shuffled": True},
         "GRU": {"layer": "GRU", "hidden": 24, "layers": 2},
     }
 
@@ -137,6 +138,7 @@ def build(configuration: dict, name: str, seed: int) -> nn.Module:
     """Return the network that an entry of "models" describes, as it starts with this seed."""
     arguments = dict(configuration["models"][name])
     kind, layers = LAYERS[arguments.pop("layer")], arguments.pop("layers")
+    arguments.pop("shuffled", None)
     if arguments.get("init", "").startswith("random"):
         slow = arguments["init"] == "random, slow"
         arguments["init"] = random_eigenvalues(arguments["d_state"], seed, slow=slow)
@@ -170,7 +172,8 @@ def run(configuration: dict, name: str, lr: float, seed: int) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build(configuration, name, seed).to(device)
     digits = configuration["task"] == "digits"
-    source = _digits() if digits else _task(configuration)
+    shuffled = "shuffled" in configuration["models"][name]
+    source = _digits(shuffled) if digits else _task(configuration)
 
     def batches(generator: torch.Generator, size: int = configuration["batch"]) -> tuple:
         return tuple(tensor.to(device) for tensor in source(size, generator))
@@ -206,10 +209,15 @@ def _task(configuration: dict) -> Callable:
     return lambda size, generator: task(size, generator, **sizes)
 
 
-def _digits() -> Callable:
-    """Return batches of images as pixels, to be named at the last one; without a size, new ones."""
+def _digits(shuffled: bool) -> Callable:
+    """Return batches of images as pixels, to be named at the last one; without a size, new ones.
+
+    Shuffled, the pixels come in an order that is random but the same for all images.
+    """
     pixels, labels = data.handwritten_digits()
     sequences = pixels.reshape(-1, 64, 1) - pixels.mean()
+    if shuffled:
+        sequences = sequences[:, torch.randperm(64, generator=torch.Generator().manual_seed(1))]
     targets = torch.full((len(labels), 64), tasks.IGNORE)
     targets[:, -1] = labels
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
