@@ -21,7 +21,6 @@ class GPU:
         schedulers: instructions of a warp that begin in a clock.
         special: exponentials, reciprocals and the like in a clock.
         shared: numbers of 4 bytes that shared memory hands out or takes in, in a clock.
-        registers: numbers of 4 bytes that the threads hold.
     """
 
     clock: float
@@ -30,7 +29,6 @@ class GPU:
     schedulers: int = 4
     special: int = 16
     shared: int = 32
-    registers: int = 65536
 
 
 def recorded_gpu() -> GPU:

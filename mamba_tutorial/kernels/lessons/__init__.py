@@ -17,9 +17,8 @@ def difference(before: object | None, after: object) -> str:
     new = _source(after)
     if before is None:
         return "\n".join(new)
-    marks = {"  ": "  ", "+ ": "+ "}
     lines = difflib.ndiff(_source(before), new)
-    return "\n".join(marks[line[:2]] + line[2:] for line in lines if line[:2] in marks)
+    return "\n".join(line for line in lines if line[:2] in {"  ", "+ "})
 
 
 def _source(kernel: object) -> list[str]:
