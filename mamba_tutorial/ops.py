@@ -41,6 +41,8 @@ class Operator:
         gradient: returns the gradients of the inputs, one for each; None is for the definition's.
         kept: which results the gradient needs.
         hidden: how many results, from the last, are there for the gradient only.
+        fusible: the results by operations of which a compiler makes few kernels on a GPU, where
+            that is better than a call of the routine.
     """
 
     def __init__(
@@ -53,8 +55,9 @@ class Operator:
         gradient: Gradient | None,
         kept: tuple[int, ...],
         hidden: int,
+        fusible: Callable[..., Outputs] | None,
     ):
-        self.run, self.like, self.definition = run, like, definition
+        self.run, self.like, self.definition, self.fusible = run, like, definition, fusible
         self.gradient = gradient or self._gradient_of_definition
         self.kept, self.hidden = kept, hidden
         qualified = f"mamba_tutorial::{name}"
@@ -77,7 +80,8 @@ class Operator:
     def __call__(self, *inputs) -> Outputs:
         """Return the results."""
         if torch.compiler.is_compiling():
-            return self.op(*inputs)
+            fuse = self.fusible is not None and inputs[0].is_cuda
+            return self.fusible(*inputs) if fuse else self.op(*inputs)
         if forward_ad._current_level >= 0:
             return self.definition(*inputs)
         if torch._C._are_functorch_transforms_active():
@@ -144,9 +148,11 @@ def register(
     gradient: Gradient | None = None,
     kept: tuple[int, ...] = (),
     hidden: int = 0,
+    fusible: Callable[..., Outputs] | None = None,
 ) -> Operator:
     """Make an `Operator` and enter it in `OPERATORS`; the arguments are its."""
-    OPERATORS[name] = Operator(name, schema, run, like, definition, gradient, kept, hidden)
+    given = name, schema, run, like, definition, gradient, kept, hidden, fusible
+    OPERATORS[name] = Operator(*given)
     return OPERATORS[name]
 
 

@@ -22,6 +22,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mamba_tutorial import _fusible
 from mamba_tutorial._check import (
     can_look_at,
     check_choice,
@@ -109,8 +110,7 @@ def _sum_of_powers(A_bar: Tensor, CB_bar: Tensor, length: int) -> Tensor:
 
 
 # S4D's kernel as an operator: (A, C, Δ, length), with A and C (…, half), Δ (…), and B = 1. Its
-# backward pass makes the powers again instead of going back through all doublings. (A compiler does
-# not fuse complex numbers: of few operations it makes less.)
+# backward pass makes the powers again instead of going back through all doublings.
 
 
 def _zoh_kernel(A: Tensor, C: Tensor, dt: Tensor, length: int) -> Tensor:
@@ -151,6 +151,7 @@ _ZOH_KERNEL = register(
     like=lambda A, C, dt, length: dt.new_empty(*A.shape[:-1], length),
     definition=_zoh_kernel,
     gradient=_zoh_kernel_gradient,
+    fusible=_fusible.zoh_kernel,
 )
 _ZOH_KERNEL_GRADIENTS = register(
     "diagonal_kernel_backward",
@@ -412,6 +413,46 @@ def _blocks(roots: int, weights: Tensor) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, roots, size))
 
 
+# S4's C̃ as an operator: (Λ, P, C, Δ, length), of each pair of conjugate modes one.
+
+
+def _half_truncated(Lambda: Tensor, P: Tensor, C: Tensor, dt: Tensor, length: int) -> Tensor:
+    both = _truncate_dplr(*(_both(mode) for mode in (Lambda, P, C)), dt, length)
+    return both[..., : C.shape[-1]]
+
+
+def _run_half_truncated_gradients(
+    d: Tensor, Lambda: Tensor, P: Tensor, C: Tensor, dt: Tensor, length: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d = torch.cat([d, torch.zeros_like(d)], dim=-1)
+    modes = (_both(mode) for mode in (Lambda, P, C))
+    *found, ddt = _truncate_dplr_gradients(d, *modes, dt, length)
+    return *(_folded(gradient) for gradient in found), ddt
+
+
+_HALF_TRUNCATED = register(
+    "dplr_truncate",
+    "(Tensor Lambda, Tensor P, Tensor C, Tensor dt, SymInt length) -> Tensor",
+    run=lambda *given: _half_truncated(*given).contiguous(),
+    like=lambda Lambda, P, C, dt, length: C.new_empty(C.shape),
+    definition=_half_truncated,
+    gradient=lambda wanted, upstream, inputs, kept: (
+        *_HALF_TRUNCATED_GRADIENTS(*upstream, *inputs),
+        None,
+    ),
+)
+_HALF_TRUNCATED_GRADIENTS = register(
+    "dplr_truncate_backward",
+    "(Tensor d, Tensor Lambda, Tensor P, Tensor C, Tensor dt, SymInt length)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    run=_run_half_truncated_gradients,
+    like=lambda d, *inputs: tuple(tensor.new_empty(tensor.shape) for tensor in inputs[:4]),
+    definition=lambda d, *inputs: tuple(
+        vjp(_half_truncated, (True,) * 4 + (False,), (d,), inputs)[:4]
+    ),
+)
+
+
 # S4's kernel as an operator: (Λ, P, B, C, Δ, length), of each pair of conjugate modes one. It
 # returns K̄ and, for the gradient, C̃.
 
@@ -455,6 +496,13 @@ def _run_pairs_kernel_gradients(
     return *(_folded(gradient) for gradient in found), ddt + through[3]
 
 
+def _fusible_pairs_kernel(
+    Lambda: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    C_truncated = _HALF_TRUNCATED(Lambda, P, C, dt, length)
+    return _fusible.dplr_kernel(Lambda, P, B, C_truncated, dt, length), C_truncated
+
+
 def _both(half: Tensor) -> Tensor:
     """Return the modes and their conjugates."""
     return torch.cat([half, half.conj_physical()], dim=-1)
@@ -478,6 +526,7 @@ _PAIRS_KERNEL = register(
     gradient=_pairs_kernel_gradient,
     kept=(1,),
     hidden=1,
+    fusible=_fusible_pairs_kernel,
 )
 _PAIRS_KERNEL_GRADIENTS = register(
     "dplr_kernel_backward",

@@ -101,6 +101,9 @@ def examples():
         yield "dplr_kernel", given
         truncated = OPERATORS["dplr_kernel"](*given)[1]
         yield "dplr_kernel_backward", (random(3, length), truncated, *given)
+        given = *given[:2], *given[3:]
+        yield "dplr_truncate", given
+        yield "dplr_truncate_backward", (random(3, 4, dtype=P.dtype), *given)
     for taps in (1, 5, 9):
         signals = random(2, 3, 7, 4), random(taps, 4, seed=1)
         yield "fft_convolution", signals
@@ -130,6 +133,26 @@ def test_pytorch_is_told_the_truth(name, arguments):
     if name.startswith("dplr_spectrum"):  # at given roots
         leaves[-2:] = arguments[-2:]
     torch.library.opcheck(OPERATORS[name].op, tuple(leaves))
+
+
+FUSIBLE = [example for example in EXAMPLES if OPERATORS[example[0]].fusible]
+
+
+@pytest.mark.parametrize(("name", "arguments"), FUSIBLE, ids=[name for name, _ in FUSIBLE])
+def test_what_a_compiler_fuses_is_the_definition(name, arguments):
+    operator = OPERATORS[name]
+    leaves = [wide(a).requires_grad_() for a in arguments if isinstance(a, torch.Tensor)]
+    calls = [f(*leaves, *arguments[len(leaves) :]) for f in (operator.fusible, operator.definition)]
+    results = [call if isinstance(call, torch.Tensor) else call[0] for call in calls]
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+    d = torch.randn_like(results[0])
+    for ours, expected in zip(*(torch.autograd.grad(r, leaves, d) for r in results), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-10)
+
+
+def wide(tensor):
+    double = torch.complex128 if tensor.is_complex() else torch.float64
+    return tensor.detach().to(double)
 
 
 @pytest.mark.parametrize(("name", "arguments"), EXAMPLES, ids=IDS)
