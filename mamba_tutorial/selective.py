@@ -404,12 +404,12 @@ def _like_scan(
     x, dt, A, B, C, D, z, dt_bias, h0, softplus, exact, keep, backend
 ) -> tuple[Tensor, Tensor, Tensor]:
     (batch, length, d_inner), d_state, every = x.shape, A.shape[1], KEPT
+    state = d_inner, d_state
     if backend == "triton":
-        from mamba_tutorial.kernels.selective_scan import spacing
+        from mamba_tutorial.kernels.selective_scan import kept_states, spacing
 
-        every = spacing(x, d_state, exact)
+        every, state = spacing(x, d_state, exact), (kept_states(x, d_state, exact), d_inner)
     h_last = _like_state(x, A, backend)
-    state = (d_state, d_inner) if backend == "triton" else (d_inner, d_state)
     starts = (batch, -(-length // every), *state) if keep else (0,)
     return x.new_empty(x.shape), h_last, h_last.new_empty(starts)
 

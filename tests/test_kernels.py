@@ -146,14 +146,7 @@ def rounding(length):
     return 2e-6 if DEVICE == "cpu" else max(2e-6, 3 * 2**-22 * math.sqrt(length))
 
 
-@pytest.fixture
-def short_chunks(monkeypatch):
-    """On a GPU chunks are long, since joining them takes time; here they may be short."""
-    monkeypatch.setattr("mamba_tutorial.kernels.selective_scan.LEAST", 1)
-
-
 @needs_triton
-@pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize("rule", ["mamba", "zoh"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_triton_is_the_definition_with_all_its_gradients(name, rule):
@@ -168,7 +161,6 @@ def test_triton_without_optional_inputs(without):
 
 
 @needs_triton
-@pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize("d_inner", [3, 64])
 def test_gradients_of_the_last_state_alone(d_inner):
     inputs = problem(1, 70, d_inner, 16)
@@ -226,10 +218,17 @@ def test_triton_is_repeatable_to_the_bit(shape):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-GLUON = {  # batch, length, d_inner: so many that an H100 or H200 runs it uncut, and few
-    "whole": (8, 100, 2048),
-    "cut, an odd number of groups": (1, 700, 192),
-    "cut, channels for the forward pass in Triton": (2, 300, 320),
+GLUON = {  # batch, length, d_inner, d_state: so many that an H100 or H200 runs it uncut, and few
+    "whole": (8, 100, 2048, 16),
+    "cut, an odd number of groups": (1, 700, 192, 16),
+    "cut, the last group not full": (2, 300, 328, 16),
+    "rows that have to be filled up": (2, 300, 331, 16),
+    "4 states": (2, 700, 300, 4),
+    "8 states": (1, 300, 264, 8),
+    "24 of 32 states": (2, 300, 72, 24),
+    "64 states": (2, 300, 80, 64),
+    "128 states": (1, 300, 520, 128),
+    "128 states, whole": (9, 70, 2048, 128),
 }
 
 
@@ -238,12 +237,20 @@ GLUON = {  # batch, length, d_inner: so many that an H100 or H200 runs it uncut,
 @pytest.mark.parametrize("name", GLUON)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gluon_is_the_definition_with_all_its_gradients(name, dtype):
-    inputs = problem(*GLUON[name], 16, dtype=dtype)
+    inputs = problem(*GLUON[name], dtype=dtype)
     off = 5e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     compare(inputs, off, dt_softplus=True)
     upstream = torch.ones_like(inputs["x"]), torch.ones_like(inputs["h0"])
     first, second = (run(inputs, upstream, dt_softplus=True, backend="triton") for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE == "cpu", reason="the same as above")
+@pytest.mark.parametrize("name", SHAPES)
+def test_triton_on_a_gpu_that_gluon_is_not_for(name, monkeypatch):
+    monkeypatch.setattr("mamba_tutorial.kernels.selective_scan._takes", lambda *given: False)
+    compare(problem(*SHAPES[name], seed=1), rounding(SHAPES[name][1]), dt_softplus=True)
 
 
 @needs_triton
@@ -573,6 +580,7 @@ from mamba_tutorial.kernels.selective_scan import backward_in_gluon, forward_in_
 
 half = {"u_ptr", "x_ptr", "dt_ptr", "z_ptr", "y_ptr", "dy_ptr", "dx_ptr", "ddt_ptr", "dz_ptr"}
 common = plain._config(16, dt_softplus=True, exact=False)
+softplus = {"SOFTPLUS": True, "HALVES": 2}
 cut = {"CHANNELS": 2048, "GROUP": scan.GROUP, "LEVELS": scan.LEVELS, "REVERSE": True}
 cut |= {"num_warps": 1}
 tile = dict(zip(("TILE", "BLOCK_C"), scan.TILES[4]))
@@ -586,10 +594,20 @@ kernels = {
     "plain": (plain.backward_in_triton.backward, common | {"BLOCK_D": plain.BACKWARD_D}),
     "gluon forward": (
         forward_in_gluon.forward,
-        forward_in_gluon.CONFIG | {"SOFTPLUS": True, "EVERY": 64, "HALVES": 2},
+        forward_in_gluon.config(16) | softplus | {"EVERY": 64, "WHOLE": True},
     ),
     "gluon backward": (
-        backward_in_gluon.backward, backward_in_gluon.CONFIG | {"SOFTPLUS": True, "HALVES": 2}
+        backward_in_gluon.backward, backward_in_gluon.config(16) | softplus | {"WHOLE": True}
+    ),
+    "few states": (
+        backward_in_gluon.backward, backward_in_gluon.config(4) | softplus | {"WHOLE": False}
+    ),
+    "many states": (
+        forward_in_gluon.forward,
+        forward_in_gluon.config(128) | softplus | {"EVERY": 64, "WHOLE": False},
+    ),
+    "many states backward": (
+        backward_in_gluon.backward, backward_in_gluon.config(128) | softplus | {"WHOLE": False}
     ),
     "tile": (scan.in_triton.scan_tile, cut | tile | no_gradient),
     "staged tile": (scan.in_gluon.scan_tile, cut | staged_tile | no_gradient),
@@ -615,7 +633,9 @@ def build(kernel, constants):
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if name not in constants and name not in {"length", "chunk"}
+        if name not in constants
+        and name not in {"length", "chunk"}
+        and (name.endswith("_ptr") or constants.get("WHOLE", True) or not kernel.is_gluon())
     }
     make = GluonASTSource if kernel.is_gluon() else ASTSource
     source = make(kernel, signature=signature, constexprs=values, attrs=aligned)
@@ -669,11 +689,12 @@ for kernel, constants in [*kernels.values(), *more]:
     if kernel not in {forward_in_gluon.forward, backward_in_gluon.backward}:  # they have more
         names = [name for name in kernel.arg_names if name.islower() and "_ptr" not in name]
         build(kernel, dict.fromkeys(names, 1) | constants)
-print("sizes of one:", len(kernels) - 2 + len(more))
+print("sizes of one:", len(kernels) - 5 + len(more))
 """
 
 SPILLS = {  # bytes
     "forward": 8, "bare": 0, "ends": 8, "plain": 1024, "gluon forward": 0, "gluon backward": 128,
+    "few states": 64, "many states": 64, "many states backward": 128,
     "tile": 256, "staged tile": 0, "staged rows": 0,
 }  # fmt: skip
 

@@ -53,10 +53,16 @@ def aligned(tensor: Tensor) -> bool:
 
 
 @gluon.jit
+def below(index, count, ALWAYS: gl.constexpr):
+    """Return index < count; where it always holds, a condition that the compiler drops."""
+    return index >= 0 if ALWAYS else index < count
+
+
+@gluon.jit
 def fetch(buffer, ptr, low, high, stride, columns):
     """Begin to copy a tile into the buffer, in pieces of 16 bytes, the largest there are.
 
-    Rows outside [low, high), and columns beyond the last, become zero.
+    Rows outside [low, high), and pieces beyond the last column, become zero.
     """
     ROWS: gl.constexpr = buffer.shape[0]
     COLUMNS: gl.constexpr = buffer.shape[1]
@@ -67,12 +73,12 @@ def fetch(buffer, ptr, low, high, stride, columns):
     )
     r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     c = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    inside = ((r >= low) & (r < high))[:, None] & (c < columns)
+    inside = ((r >= low) & (r < high))[:, None] & (c // PIECE * PIECE < columns)
     async_copy.async_copy_global_to_shared(buffer, ptr + r[:, None] * stride + c, mask=inside)
 
 
 @gluon.jit
-def order(buffers, ptrs, strides, first, stop, slot, COUNT: gl.constexpr):
+def order(buffers, ptrs, strides, columns, first, stop, slot, COUNT: gl.constexpr):
     """Begin to copy one tile of each of COUNT inputs: the rows from `first` on, before `stop`.
 
     Zeros where there are no such rows, so also if `first` is negative.
@@ -81,7 +87,7 @@ def order(buffers, ptrs, strides, first, stop, slot, COUNT: gl.constexpr):
     high = gl.where(first < 0, 0, stop - first)
     for i in gl.static_range(COUNT):
         buffer = buffers[i].index(slot)
-        fetch(buffer, ptrs[i] + start * strides[i], 0, high, strides[i], buffer.shape[1])
+        fetch(buffer, ptrs[i] + start * strides[i], 0, high, strides[i], columns[i])
     async_copy.commit_group()
 
 

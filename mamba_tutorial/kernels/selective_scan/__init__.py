@@ -5,9 +5,9 @@
 with Δ = softplus(dt + bias), as `mamba_tutorial.selective.selective_scan` defines it. The states of
 size (batch, length, d_inner, d_state) never leave the chip.
 
-- `forward_in_triton`, `backward_in_triton`: for all sizes.
-- `forward_in_gluon`, `backward_in_gluon`: for 16 states, B by Euler's rule, and Ampere or later
-  (`_takes`).
+- `forward_in_triton`, `backward_in_triton`: for all sizes and rules.
+- `forward_in_gluon`, `backward_in_gluon`: for up to 128 states, B by Euler's rule, and Ampere or
+  later (`_takes`).
 - `around`: what is needed before and after. A short sequence is over as soon as kernels are
   started; so float32 copies of B and C, A turned, and sums, take one kernel before and two after.
 
@@ -21,7 +21,10 @@ others once more. Sums over channels, for B and C, are written per program and a
 so that two runs give the same bits.
 """
 
+from functools import lru_cache
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_tutorial.kernels._gluon import aligned
@@ -38,7 +41,8 @@ from mamba_tutorial.kernels.selective_scan import (
 LANES = 32
 BACKWARD_D = 8  # channels of a program of `backward`
 RESIDENT = 8  # programs of `forward` for each multiprocessor, where the length is cut
-SECTION, LEAST = backward_in_gluon.SECTION, 3  # tokens of a section, sections of a chunk
+SECTION = backward_in_gluon.SECTION  # tokens; a chunk has some of them
+STATES = 16  # of a program of `ends`, at most
 
 
 def forward(
@@ -61,18 +65,28 @@ def forward(
     B, C: (batch, length, d_state); D, dt_bias: (d_inner,); h0: (batch, d_inner, d_state). `exact`
     asks for the zero-order hold of B. The state is float32.
     """
-    staged = _takes(forward_in_gluon, x, A.shape[1], exact)
+    d_state, staged = A.shape[1], _takes(x, A.shape[1], exact)
+    if staged and d_state != (padded := kept_states(x, d_state, exact)):
+        A, B, C, h0 = (_padded(tensor, padded) for tensor in (A, B, C, h0))
+        given = x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, keep
+        y, h_last, starts = forward(*given)
+        return y, h_last.mT[:, :d_state].contiguous().mT, starts
     x, dt, z = (_rows(tensor, staged) for tensor in (x, dt, z))
     B, C = _rows(B, False), _rows(C, False)
     D, dt_bias, h0 = (_float(tensor) for tensor in (D, dt_bias, h0))
     A, B, C = _prepared(A, B, C)
-    every = spacing(x, A.shape[0], exact) if keep else None
+    every = spacing(x, d_state, exact) if keep else None
     return _run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, every)
 
 
 def spacing(x: Tensor, d_state: int, exact: bool) -> int:
     """Return of how many tokens the backward pass needs one state."""
-    return SECTION if _takes(backward_in_gluon, x, d_state, exact) else _tile(d_state)
+    return SECTION if _takes(x, d_state, exact) else _tile(d_state)
+
+
+def kept_states(x: Tensor, d_state: int, exact: bool) -> int:
+    """Return the states of a channel as the kernels have them: in Gluon a power of two."""
+    return max(4, triton.next_power_of_2(d_state)) if _takes(x, d_state, exact) else d_state
 
 
 def backward(
@@ -96,7 +110,13 @@ def backward(
     D and dt_bias, (d_state + 2, d_inner); and of h0.
     """
     dtype = B.dtype if B.dtype == C.dtype else torch.float32
-    staged = _takes(backward_in_gluon, x, A.shape[1], exact)
+    n, staged = A.shape[1], _takes(x, A.shape[1], exact)
+    if staged and n != (padded := kept_states(x, n, exact)):
+        A, B, C, dh_last = (_padded(tensor, padded) for tensor in (A, B, C, dh_last))
+        given = dy, dh_last, starts, x, dt, A, B, C, D, z, dt_bias, dt_softplus, exact
+        *of_tokens, shared, own, dh0 = backward(*given)
+        own = torch.cat([own[:n], own[padded:]])
+        return *of_tokens, shared[..., :n].contiguous(), own, dh0.mT[:, :n].contiguous().mT
     x, dt, z = (_rows(tensor, staged) for tensor in (x, dt, z))
     B, C = _rows(B, False), _rows(C, False)
     D, dt_bias = _float(D), _float(dt_bias)
@@ -144,9 +164,14 @@ def _run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, every):
     """Forward; return y, the last state, and the state before every `every` tokens, if asked."""
     batch, length, d_inner = x.shape
     d_state, blocks = A.shape[0], triton.cdiv(d_inner, LANES)
-    in_gluon = every in {None, SECTION} and _takes(forward_in_gluon, x, d_state, exact)
-    enough = 1.5 if in_gluon else 3  # by measurement; Gluon gives a row of channels two warps
-    chunk = _chunk(x, batch * blocks, length, enough, resident=RESIDENT)
+    in_gluon, enough, resident = _takes(x, d_state, exact), 3, RESIDENT  # by measurement
+    if in_gluon:  # a row of channels has several warps
+        constants = forward_in_gluon.config(d_state)
+        enough, resident = (
+            max(1, 3 / constants["num_warps"]),
+            2 * RESIDENT // constants["num_warps"],
+        )
+    chunk = _chunk(x, batch * blocks, length, enough, resident)
     chunks = triton.cdiv(length, chunk)
     sizes = length, chunk, d_inner, d_state
     config, h0 = _config(d_state, dt_softplus, exact), _transposed(h0)
@@ -158,16 +183,15 @@ def _run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, every):
             ends, spans = _run_ends(x, dt, A, B, None, dt_bias, sizes, config, reverse=False)
         given = x, dt, A, B, C, D, z, dt_bias, h0, ends, spans, y, starts, h_last
         strides = *_strides(x), *_strides(dt), *_strides(z)
-        constants = {"HALVES": ends.shape[2] if chunks > 1 else 0, "EVERY": every or length}
+        how = {"HALVES": ends.shape[2] if chunks > 1 else 0, "EVERY": every or length}
+        grid = (batch * chunks * blocks,)
         if in_gluon:
-            forward_in_gluon.forward[(batch * chunks * d_inner // forward_in_gluon.CHANNELS,)](
-                *given, length, chunk, d_inner, *strides,
-                SOFTPLUS=dt_softplus, **constants, **forward_in_gluon.CONFIG,
+            forward_in_gluon.forward[grid](
+                *given, length, chunk, d_inner, *_pieces(x), *_pieces(dt), *_pieces(z),
+                SOFTPLUS=dt_softplus, WHOLE=d_inner % LANES == 0, **how, **constants,
             )  # fmt: skip
         else:
-            forward_in_triton.forward[(batch * chunks * blocks,)](
-                *given, *sizes, *strides, **constants, **config
-            )
+            forward_in_triton.forward[grid](*given, *sizes, *strides, **how, **config)
     return y, h_last.mT, starts
 
 
@@ -183,8 +207,9 @@ def _run_ends(u, dt, A, V, z, dt_bias, sizes, config, reverse):
     spans = A.new_empty(batch, chunks - 1, halves, d_inner)
     given = u, dt, A, V, z, dt_bias, ends, spans, share
     strides = *_strides(u), *_strides(dt), *_strides(z)
+    config = config | _config(min(d_state, STATES), config["SOFTPLUS"], config["EXACT"])
     whole = reverse and _whole(sizes, config)  # forwards it was slower, by measurement
-    forward_in_triton.ends[(batch * chunks * blocks,)](
+    forward_in_triton.ends[batch * chunks * blocks, triton.cdiv(d_state, STATES)](
         *given, *sizes, *strides, HALVES=halves, REVERSE=reverse, WHOLE=whole, **config
     )
     return ends, spans
@@ -217,8 +242,11 @@ def _run_backward(x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, dt_softplu
 
 def _run_gluon_backward(x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, dt_softplus, exact):
     batch, length, d_inner = x.shape
-    d_state, groups = A.shape[0], d_inner // backward_in_gluon.CHANNELS
-    chunk = _chunk(x, batch * groups, length, enough=1, resident=2)
+    d_state, constants = A.shape[0], backward_in_gluon.config(A.shape[0])
+    channels = 2 * constants["L"]
+    groups = triton.cdiv(d_inner, channels)
+    resident = 8 // constants["num_warps"]
+    chunk = _chunk(x, batch * groups, length, enough=1, resident=resident)
     chunks = triton.cdiv(length, chunk)
     # two groups of channels share a part of the sums for B and C, which they add to
     results = _results(x, dt, A, z, slots=batch * chunks, blocks=triton.cdiv(groups, 2))
@@ -229,11 +257,11 @@ def _run_gluon_backward(x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, dt_s
             sizes, config = (length, chunk, d_inner, d_state), _config(d_state, dt_softplus, exact)
             ends, spans = _run_ends(dy, dt, A, C, z, dt_bias, sizes, config, reverse=True)
         given = x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, ends, spans
-        strides = *_strides(x), *_strides(dt), *_strides(z), *_strides(dy)
+        strides = *_pieces(x), *_pieces(dt), *_pieces(z), *_pieces(dy)
         backward_in_gluon.backward[(batch * chunks * groups,)](
             *given, *results, length, chunk, d_inner, *strides,
             HALVES=ends.shape[2] if chunks > 1 else 0, SOFTPLUS=dt_softplus,
-            **backward_in_gluon.CONFIG,
+            WHOLE=d_inner % channels == 0, **constants,
         )  # fmt: skip
     return results
 
@@ -269,9 +297,9 @@ def _config(d_state: int, dt_softplus: bool, exact: bool) -> dict:
     }
 
 
-def _takes(kernel, x: Tensor, d_state: int, exact: bool) -> bool:
-    """Say whether a kernel in Gluon, which is written for some sizes and chips, can do this."""
-    fits = d_state == 16 and x.shape[-1] % kernel.CHANNELS == 0 and not exact
+def _takes(x: Tensor, d_state: int, exact: bool) -> bool:
+    """Say whether the kernels in Gluon, which have limits, can do this."""
+    fits = d_state <= 128 and not exact
     return fits and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
@@ -285,22 +313,50 @@ def _whole(sizes: tuple[int, int, int, int], config: dict) -> bool:
 def _chunk(x: Tensor, rows: int, length: int, enough: float, resident: int) -> int:
     """Return the tokens of a program, of which there is one for each row and chunk.
 
-    All of them, if there are `enough` rows for each multiprocessor; else as many as make `resident`
-    programs for each, but not so few that joining the chunks takes longer than going through one.
+    All of them, if there are `enough` rows for each multiprocessor. Else about as many as make
+    `resident` programs for each.
     """
     size = multiprocessors(x)
     parts = 1 if rows >= enough * size else max(1, resident * size // rows)
-    return max(triton.cdiv(triton.cdiv(length, parts), SECTION), LEAST) * SECTION
+    return chunk_length(rows, length, parts, schedulers=4 * size)
+
+
+@lru_cache
+def chunk_length(rows: int, length: int, parts: int, schedulers: int) -> int:
+    """Return the tokens of a chunk: as few sections as make `parts`, or up to three more.
+
+    Programs of one warp, as those of `ends`, are done at once where there are no more of them than
+    schedulers; else the last ones wait for a second turn. The soonest done is taken.
+    """
+    least = triton.cdiv(triton.cdiv(length, parts), SECTION)
+
+    def turns(sections: int) -> int:
+        programs = rows * triton.cdiv(length, sections * SECTION)
+        return triton.cdiv(programs, schedulers) * sections
+
+    return min(range(least, least + 4), key=turns) * SECTION
 
 
 def _rows(tensor: Tensor | None, staged: bool) -> Tensor | None:
     """Make neighbouring channels neighbours in memory; the rows may lie anywhere.
 
-    If they are to be staged through shared memory, anywhere at multiples of 16 bytes.
+    If they are to be staged through shared memory, they lie at multiples of 16 bytes, and have full
+    pieces of 16 bytes, of zeros beyond the last channel.
     """
-    if tensor is None or (tensor.stride(-1) == 1 and not (staged and not aligned(tensor))):
+    if tensor is None:
+        return None
+    piece = 16 // tensor.element_size()
+    odd = tensor.shape[-1] % piece if staged else 0
+    if odd:
+        return F.pad(tensor, (0, piece - odd))[..., : tensor.shape[-1]]
+    if tensor.stride(-1) == 1 and not (staged and not aligned(tensor)):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _padded(tensor: Tensor | None, states: int) -> Tensor | None:
+    """Add states that do nothing: zeros along the last axis."""
+    return None if tensor is None else F.pad(tensor, (0, states - tensor.shape[-1]))
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:
@@ -314,3 +370,9 @@ def _transposed(tensor: Tensor | None) -> Tensor | None:
 
 def _strides(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else tensor.stride()[:2]
+
+
+def _pieces(tensor: Tensor | None) -> tuple[int, ...]:
+    """Return the strides in pieces of 16 bytes, at whose multiples all rows lie."""
+    size = 16 if tensor is None else tensor.element_size()
+    return tuple(stride * size // 16 for stride in _strides(tensor))

@@ -3,7 +3,8 @@
 Four warps share 64 channels and a chunk of the length. A thread holds four states of two
 neighbouring channels: so B and C, which belong to states, are read once for two channels, and Δ and
 what comes with it, which belong to channels, once for four states. Reading from shared memory is
-what limits this kernel, next to the instructions themselves.
+what limits this kernel, next to the instructions themselves. (That is 16 states; for others see
+`config`.)
 
 Going backwards needs the states, which the forward pass did not keep. So:
 
@@ -30,18 +31,28 @@ them. What a step needs is ordered STAGES − 1 steps before, also across the bo
 """
 
 from mamba_tutorial.kernels._gates import LOG2E
-from mamba_tutorial.kernels._gluon import carry, order, sigmoid, softplus, stack
+from mamba_tutorial.kernels._gluon import below, carry, order, sigmoid, softplus, stack
 from mamba_tutorial.kernels._triton import async_copy, gl, gluon
 
-CHANNELS = 64  # of a program
 SECTION = 64  # tokens between two states that the forward pass keeps
-CONFIG = {"TILE": 8, "SECTION": SECTION, "STAGES": 3, "num_warps": 4}
 
 LN2 = gl.constexpr(0.6931471805599453)
 
 
+def config(d_state: int) -> dict:
+    """Return the constants for this many states, a power of two from 4 to 128.
+
+    A thread holds S states of two channels, and L pairs of channels make a program. All registers
+    of a multiprocessor are taken by two programs of four warps, or by one of eight.
+    """
+    S, warps = min(4, d_state // 2), 4 if d_state <= 16 else 8
+    L = 32 * warps // (d_state // S)
+    return {"N": d_state, "S": S, "L": L, "TILE": 8, "SECTION": SECTION, "STAGES": 3,
+            "num_warps": warps}  # fmt: skip
+
+
 @gluon.jit
-def _order_step(buffers, ptrs, strides, first, index, stop, slot, COUNT: gl.constexpr,
+def _order_step(buffers, ptrs, strides, columns, first, index, stop, slot, COUNT: gl.constexpr,
                 TILE: gl.constexpr, TILES: gl.constexpr):  # fmt: skip
     """Begin to copy what step `index` needs, of the section from `first` on or of the one before.
 
@@ -51,7 +62,7 @@ def _order_step(buffers, ptrs, strides, first, index, stop, slot, COUNT: gl.cons
     first = gl.where(over, first - TILES * TILE, first)
     index = gl.where(over, index - (2 * TILES - 1), index)
     tile = gl.where(index < TILES, index, 2 * TILES - 2 - index)
-    order(buffers, ptrs, strides, first + tile * TILE, stop, slot, COUNT)
+    order(buffers, ptrs, strides, columns, first + tile * TILE, stop, slot, COUNT)
 
 
 @gluon.jit
@@ -102,35 +113,46 @@ def backward(
     ends_ptr, spans_ptr,
     dx_ptr, ddt_ptr, dz_ptr, shared_ptr, own_ptr, dh0_ptr, length, chunk, d_inner,
     x_batch, x_row, dt_batch, dt_row, z_batch, z_row, dy_batch, dy_row,
-    HALVES: gl.constexpr, SOFTPLUS: gl.constexpr, TILE: gl.constexpr, SECTION: gl.constexpr,
+    HALVES: gl.constexpr, SOFTPLUS: gl.constexpr, WHOLE: gl.constexpr, N: gl.constexpr,
+    S: gl.constexpr, L: gl.constexpr, TILE: gl.constexpr, SECTION: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """A: (d_state, d_inner); starts: (batch, sections, d_state, d_inner), as all states here.
 
     ends, spans: of `forward_in_triton.ends`, HALVES for each chunk but the first; shared, own:
-    parts of the gradients, as `selective_scan._results` lays them out.
+    parts of the gradients, as `selective_scan._results` lays them out. Strides of x, dt, z and dy
+    are in pieces of 16 bytes: so the compiler knows that rows begin at such. WHOLE: d_inner is a
+    multiple of W.
     """
-    N: gl.constexpr = 16
-    S: gl.constexpr = 4  # states of a thread
+    X: gl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
+    DT: gl.constexpr = 128 // dt_ptr.dtype.element_ty.primitive_bitwidth
+    DY: gl.constexpr = 128 // dy_ptr.dtype.element_ty.primitive_bitwidth
     CH: gl.constexpr = 2  # channels of a thread
-    P: gl.constexpr = N // S  # threads of a channel: two neighbouring lanes, in two warps
-    L: gl.constexpr = 32
+    P: gl.constexpr = N // S  # threads of a channel: neighbouring lanes, in several warps
     W: gl.constexpr = L * CH
+    WARPS: gl.constexpr = gl.num_warps()
+    NEAR: gl.constexpr = 2 if L >= 16 else 4  # of the P threads, how many are neighbouring lanes
     STATE: gl.constexpr = gl.BlockedLayout(
-        [1, S, 1, CH], [2, 1, 16, 1], [2, 1, 2, 1], [3, 2, 1, 0]
+        [1, S, 1, CH], [NEAR, 1, 32 // NEAR, 1], [P // NEAR, 1, WARPS * NEAR // P, 1], [3, 2, 1, 0]
     )  # [P, S, L, CH]
     OVER_D: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, STATE))
     OVER_N: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, STATE))
-    # [TILE, P, W], to sum over P: four neighbouring channels of a token in a thread
-    PARTS: gl.constexpr = gl.BlockedLayout([1, P, 4], [2, 1, 16], [4, 1, 1], [2, 1, 0])
+    # [TILE, P, W], to sum over P: up to four neighbouring channels of a token in a thread
+    MANY: gl.constexpr = TILE * W // (32 * WARPS)
+    NEXT: gl.constexpr = 4 if MANY > 4 else (MANY if MANY > 0 else 1)
+    ACROSS: gl.constexpr = W // NEXT if W // NEXT < 32 else 32
+    PARTS: gl.constexpr = gl.BlockedLayout(
+        [1, P, NEXT], [32 // ACROSS, 1, ACROSS], [WARPS, 1, 1], [2, 1, 0]
+    )
     PAIR: gl.constexpr = gl.SliceLayout(1, PARTS)  # [TILE, W]
-    SUM: gl.constexpr = gl.BlockedLayout([1, L], [32, 1], [4, 1], [1, 0])  # [TILE · N, L]
+    SUM: gl.constexpr = gl.BlockedLayout([1, L], [32, 1], [WARPS, 1], [1, 0])  # [TILE · N, L]
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     CUBE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     TURNED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0, 3])  # CUBE with TILE last
-    SPREAD: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])  # no bank conflicts either way
+    # no bank conflicts either way
+    SPREAD: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8 if L >= 32 else L // 4, [1, 0])
 
-    groups, chunks = d_inner // W, gl.cdiv(length, chunk)
+    groups, chunks = gl.cdiv(d_inner, W), gl.cdiv(length, chunk)
     group = gl.program_id(0) % groups
     part = gl.program_id(0) // groups % chunks
     batch = (gl.program_id(0) // groups // chunks).to(gl.int64)
@@ -141,24 +163,27 @@ def backward(
     one = gl.arange(0, CH, layout=gl.SliceLayout(0, OVER_D))
     n, d = p[:, None] * S + s[None, :], group * W + pair[:, None] * CH + one[None, :]
     at, size = _of_states(n) * d_inner + _of_channels(d), N * d_inner
+    known = below(d, d_inner, WHOLE)
+    square = _of_channels(known) & (_of_states(n) >= 0)
 
-    A2 = gl.load(A_ptr + at) * LOG2E
+    A2 = gl.load(A_ptr + at, square, 0.0) * LOG2E
     G = gl.zeros([P, S, L, CH], gl.float32, STATE)
     if dlast_ptr is not None:
-        G = gl.load(dlast_ptr + batch * size + at)
+        G = gl.load(dlast_ptr + batch * size + at, square, 0.0)
     if ends_ptr is not None:
         for later in range(chunks - 1 - part):  # of the chunks after this one, the last first
             for half in gl.static_range(HALVES):
                 record = HALVES * (batch * (chunks - 1) + later) + half
-                span = _of_channels(gl.load(spans_ptr + record * d_inner + d))
-                G = carry(G, span * A2) + gl.load(ends_ptr + record * size + at)
+                span = _of_channels(gl.load(spans_ptr + record * d_inner + d, known, 0.0))
+                G = carry(G, span * A2) + gl.load(ends_ptr + record * size + at, square, 0.0)
     row = gl.arange(0, TILE, layout=gl.SliceLayout(1, PAIR))[:, None]
     col = group * W + gl.arange(0, W, layout=gl.SliceLayout(0, PAIR))
+    there = below(col, d_inner, WHOLE)
     skip, bias = gl.zeros([1, W], gl.float32, PAIR), gl.zeros([1, W], gl.float32, PAIR)
     if D_ptr is not None:
-        skip = gl.load(D_ptr + col)[None, :]
+        skip = gl.load(D_ptr + col, there, 0.0)[None, :]
     if bias_ptr is not None:
-        bias = gl.load(bias_ptr + col)[None, :]
+        bias = gl.load(bias_ptr + col, there, 0.0)[None, :]
 
     xs = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [STAGES, TILE, W], PLAIN)
     dts = gl.allocate_shared_memory(dt_ptr.dtype.element_ty, [STAGES, TILE, W], PLAIN)
@@ -178,16 +203,19 @@ def backward(
     kept = gl.allocate_shared_memory(gl.float32, [TILES, P, S, L, CH], KEPT)
 
     tokens = batch * length
-    buffers, strides = (xs, dts, Bs, dys, Cs), (x_row, dt_row, N, dy_row, N)
+    buffers, strides = (xs, dts, Bs, dys, Cs), (x_row * X, dt_row * DT, N, dy_row * DY, N)
+    left = W if WHOLE else d_inner - group * W
+    columns = (left, left, N, left, N)
     ptrs = (
-        x_ptr + batch * x_batch + group * W, dt_ptr + batch * dt_batch + group * W,
-        B_ptr + tokens * N, dy_ptr + batch * dy_batch + group * W, C_ptr + tokens * N,
+        x_ptr + batch * x_batch * X + group * W, dt_ptr + batch * dt_batch * DT + group * W,
+        B_ptr + tokens * N, dy_ptr + batch * dy_batch * DY + group * W, C_ptr + tokens * N,
     )  # fmt: skip
     COUNT: gl.constexpr = 5 if z_ptr is None else 6
     if z_ptr is not None:
         zs = gl.allocate_shared_memory(z_ptr.dtype.element_ty, [STAGES, TILE, W], PLAIN)
-        buffers, strides = buffers + (zs,), strides + (z_row,)
-        ptrs = ptrs + (z_ptr + batch * z_batch + group * W,)
+        Z: gl.constexpr = 128 // z_ptr.dtype.element_ty.primitive_bitwidth
+        buffers, strides, columns = buffers + (zs,), strides + (z_row * Z,), columns + (left,)
+        ptrs = ptrs + (z_ptr + batch * z_batch * Z + group * W,)
     starts_ptr += batch * gl.cdiv(length, SECTION) * size
     rows = (batches * length).to(gl.int64)
     dB_ptr = shared_ptr + (group // 2 * 2 * rows + tokens) * N
@@ -198,11 +226,11 @@ def backward(
     begin, stop = part * chunk, gl.minimum(part * chunk + chunk, length)
     last = (stop - 1) // SECTION * SECTION
     for e in gl.static_range(STAGES - 1):
-        _order_step(buffers, ptrs, strides, last, e, stop, e, COUNT, TILE, TILES)
+        _order_step(buffers, ptrs, strides, columns, last, e, stop, e, COUNT, TILE, TILES)
     slot = 0
     for first in range(last, begin - 1, -SECTION):
         # forwards: the state before each tile
-        h = gl.load(starts_ptr + (first // SECTION).to(gl.int64) * size + at)
+        h = gl.load(starts_ptr + (first // SECTION).to(gl.int64) * size + at, square, 0.0)
         for i in range(TILES - 1):
             kept.index(i).store(h)
             async_copy.wait_group(STAGES - 2)
@@ -212,7 +240,9 @@ def backward(
             steps.store(step)
             drives.store(step * xs.index(slot).load(PAIR).to(gl.float32))
             free, ahead = gl.where(slot == 0, STAGES - 1, slot - 1), i + STAGES - 1
-            _order_step(buffers, ptrs, strides, first, ahead, stop, free, COUNT, TILE, TILES)
+            _order_step(
+                buffers, ptrs, strides, columns, first, ahead, stop, free, COUNT, TILE, TILES
+            )
             for k in gl.static_range(TILE):
                 step_k = _of_channels(step_rows.index(k).load(OVER_D))
                 drive_k = _of_channels(drive_rows.index(k).load(OVER_D))
@@ -224,7 +254,7 @@ def backward(
         # backwards, from the last tile to the first
         for i in range(TILES - 1, 2 * TILES - 1):
             start = first + (2 * TILES - 2 - i) * TILE
-            inside = (start + row < stop) & (col >= 0)[None, :]
+            inside = (start + row < stop) & there[None, :]
             async_copy.wait_group(STAGES - 2)
             x = xs.index(slot).load(PAIR).to(gl.float32)
             dy = dys.index(slot).load(PAIR).to(gl.float32)
@@ -241,7 +271,9 @@ def backward(
                 upstream = dy * z * gate
             upstreams.store(upstream)
             free, ahead = gl.where(slot == 0, STAGES - 1, slot - 1), i + STAGES - 1
-            _order_step(buffers, ptrs, strides, first, ahead, stop, free, COUNT, TILE, TILES)
+            _order_step(
+                buffers, ptrs, strides, columns, first, ahead, stop, free, COUNT, TILE, TILES
+            )
 
             h = kept.index(2 * TILES - 2 - i).load(STATE)
             before, decays, ys, dCs = (), (), (), ()
@@ -310,8 +342,8 @@ def backward(
             slot = gl.where(slot + 1 == STAGES, 0, slot + 1)
     async_copy.wait_group(0)
     if part == 0:
-        gl.store(dh0_ptr + batch * size + at, G)
+        gl.store(dh0_ptr + batch * size + at, G, square)
     own_ptr += (batch * chunks + part) * (N + 2) * d_inner
-    gl.store(own_ptr + at, dA)
-    gl.store(own_ptr + size + col, gl.sum(dD, axis=0))
-    gl.store(own_ptr + size + d_inner + col, gl.sum(dbias, axis=0))
+    gl.store(own_ptr + at, dA, square)
+    gl.store(own_ptr + size + col, gl.sum(dD, axis=0), there)
+    gl.store(own_ptr + size + d_inner + col, gl.sum(dbias, axis=0), there)

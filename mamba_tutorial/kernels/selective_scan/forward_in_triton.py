@@ -151,13 +151,15 @@ def ends(
     Forwards u = x, V = B and h ← a h + Δ u V, for all chunks but the last. In reverse u = dy,
     V = C and G ← a (G + u silu(z) V), the gradient of the state before; for all but the first.
 
+    The states do not meet, so a program takes BLOCK_N of them: its number along the second axis.
+
     One chunk less than there are programs in `forward`: some schedulers would have one warp, and
     the others two. So, where it pays, as many programs share the work evenly, `share` tokens each:
     a program does the tail of one chunk and the head of the next.
     """
     chunks = tl.cdiv(length, chunk)
     block, part, batch = place(d_inner, chunks, BLOCK_D)
-    t, n = tl.arange(0, TILE)[:, None], tl.arange(0, BLOCK_N)
+    t, n = tl.arange(0, TILE)[:, None], tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     real, states = below(d[None, :], d_inner, WHOLE), below(n[None, :], d_state, WHOLE)
     square = states[:, :, None] & real[:, None, :]
