@@ -104,6 +104,19 @@ def test_backward():
         assert (value - wanted).abs().max() < 1e-6 * wanted.abs().max()
 
 
+def test_backward_with_gate():
+    given = inputs(length=24, channels=64)
+    dy = torch.randn(given["x"].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    leaves = {name: value.double().requires_grad_() for name, value in given.items()}
+    y = selective_scan(**leaves, dt_softplus=True, backend="sequential")
+    right = torch.autograd.grad(y, list(leaves.values()), dy.double())
+    step = torch.nn.functional.softplus(given["dt"] + given["dt_bias"])
+    h = states_of(given["x"], step, given["A"], given["B"])
+    starts = torch.cat([torch.zeros_like(h[:, :1]), h[:, 7:-1:8]], 1).mT.contiguous()
+    for value, wanted in zip(backward.gated(**given, starts=starts, dy=dy), right, strict=True):
+        assert (value - wanted).abs().max() < 2e-6 * wanted.abs().max()
+
+
 def test_backward_of_one_state():
     given = inputs(length=13)
     x, dt, A, B, C = one_channel(*(given[key] for key in ("x", "dt", "A", "B", "C")))
