@@ -9,6 +9,7 @@ One module per idea, in the order of the book:
 - `selective`: the selective scan, where Δ, B and C depend on the token
 - `scan`: the linear recurrence in parallel, `linear_scan`
 - `mamba`: the block and the language model; `checkpoints`: the files of trained models
+- `attention`: a causal Transformer, the model to compare with
 - `ops`: the compiled routines as operators of PyTorch
 - `kernels`: compiled loops, for those who have a compiler; `counts`: how fast they can be at best;
   `benchmark`: how fast they are

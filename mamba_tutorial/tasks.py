@@ -1,4 +1,4 @@
-"""Tasks for a sequence model, as generators of batches: three synthetic ones, and text.
+"""Tasks for a sequence model, as generators of batches: five synthetic ones, and text.
 
 Each takes the size of a batch and a `torch.Generator`, so a seed fixes all data, and returns
 (inputs, targets) of token ids, both (batch, length), int64. A target of `IGNORE` is not scored.
@@ -78,6 +78,64 @@ def induction_heads(
     targets = torch.full_like(inputs, IGNORE)
     targets[:, -1] = inputs.gather(1, place + 1).squeeze(1)
     return inputs, targets
+
+
+def associative_recall(
+    batch: int, generator: torch.Generator, *, length: int, pairs: int, vocab: int = 8192
+) -> Batch:
+    """Recall the values of many keys: pairs of both at first, then each key once more.
+
+        input    k₁ v₁ k₂ v₂ … k_m v_m  r … r k₂ r r r k₁ r …
+        target   –  –  –  –  … –   –    – … – v₂ – – – v₁ – …
+
+    Keys and values are distinct, from the lower and the upper half of the vocabulary; r are any
+    tokens. A key comes back at an even distance 2g from the end of the pairs, with a probability
+    that falls as 1/g nearly, so most come back soon. This is MQAR, of Arora et al. (2023,
+    "Zoology"), with the gaps of the code that goes with it, whose power is 0.01.
+
+    Args:
+        batch: the number of sequences.
+        generator: the source of randomness.
+        length: of a sequence, at least 4 tokens for each pair.
+        pairs: how many keys there are, m.
+        vocab: the number of token ids, even; there are less than vocab/2 keys.
+
+    Raises:
+        TypeError, ValueError: a size is not a positive whole number, or does not fit the others.
+    """
+    sizes = {"batch": (batch, 1), "pairs": (pairs, 1), "vocab": (vocab, 4)}
+    _check_sizes(**sizes)
+    _check_sizes(length=(length, 4 * pairs))
+    half = vocab // 2
+    if vocab % 2 or pairs >= half:
+        raise ValueError(f"vocab is {vocab}, expected an even number above {2 * pairs}")
+    check_memory("vocab", vocab, batch * vocab)
+
+    def some(count: int) -> Tensor:
+        return torch.rand(batch, count, generator=generator).argsort(dim=1)[:, :pairs]
+
+    keys, values = 1 + some(half - 1), half + some(half)
+    inputs = torch.randint(vocab, (batch, length), generator=generator)
+    inputs[:, : 2 * pairs] = torch.stack([keys, values], dim=-1).flatten(1)
+    gaps = torch.arange(1, (length - 2 * pairs) // 2 + 1)
+    chances = (gaps**-0.99).expand(batch, -1)
+    places = 2 * pairs + 2 * torch.multinomial(chances, pairs, generator=generator)
+    inputs.scatter_(1, places, keys)
+    return inputs, torch.full_like(inputs, IGNORE).scatter_(1, places, values)
+
+
+def parity(batch: int, generator: torch.Generator, *, length: int) -> Batch:
+    """Say at every place whether the ones so far are an odd number.
+
+        input    1 0 1 1 0 …
+        target   1 1 0 1 1 …
+
+    Raises:
+        TypeError, ValueError: a size is not a positive whole number.
+    """
+    _check_sizes(batch=(batch, 1), length=(length, 1))
+    bits = torch.randint(2, (batch, length), generator=generator)
+    return bits, bits.cumsum(dim=1) % 2
 
 
 def next_token(

@@ -34,13 +34,21 @@ from mamba_tutorial import (
     zoh,
 )
 from mamba_tutorial._check import HAS_TRITON, installed
+from mamba_tutorial.attention import Transformer, TransformerConfig, alibi_slopes, rotary
 from mamba_tutorial.discretize import exprel, exprel_slope, matrix_exp_and_exprel
 from mamba_tutorial.hippo import basis, dplr, hippo_fourier, hippo_legt, nplr, online_memory
 from mamba_tutorial.mamba import sample
 from mamba_tutorial.s4 import diagonal_init, diagonal_kernel, dplr_kernel, truncate
 from mamba_tutorial.scan import ALGORITHMS, trace
 from mamba_tutorial.selective import inverse_softplus
-from mamba_tutorial.tasks import copying, induction_heads, next_token, selective_copying
+from mamba_tutorial.tasks import (
+    associative_recall,
+    copying,
+    induction_heads,
+    next_token,
+    parity,
+    selective_copying,
+)
 
 # The checks of the package are tested, not those that the tests put before every function.
 pytestmark = pytest.mark.usefixtures("as_a_user")
@@ -85,6 +93,8 @@ TOKENS |= {"h0": normal(2, 4, 3), "return_last_state": True, "backend": "sequent
 SIZES = {"dt_min": 1e-3, "dt_max": 0.1}
 CONFIG = {"d_model": 4, "n_layer": 2, "vocab_size": 6, "d_state": 3, "norm_eps": 1e-5, **SIZES}
 CONFIG |= {"dt_rank": 2, "conv_bias": True, "bias": False, "expand": 2, "d_conv": 3}
+ATTENTION = {"d_model": 8, "n_layer": 2, "vocab_size": 6, "n_head": 2, "position": "absolute"}
+ATTENTION |= {"max_length": 40, "d_hidden": 8, "norm_eps": 1e-5}
 SAMPLING = {"temperature": 0.5, "top_k": 3, "top_p": 0.9}
 
 
@@ -106,6 +116,7 @@ torch.manual_seed(0)
 BLOCK, MODEL = MambaBlock(MambaConfig(**CONFIG)), MambaLM(MambaConfig(**CONFIG))
 DOUBLE, SSM = copy.deepcopy(MODEL).double(), SelectiveSSM(4, 3, 2)
 LAYERS = {"S4": S4(3, 4), "S4D": S4D(3, 4)}
+PEER = Transformer(TransformerConfig(**ATTENTION))
 SEQUENCE, STATE = normal(2, 5, 4), BLOCK.initial_state(2)
 PROMPT = {"ids": IDS, "state": MODEL.initial_state(2)}
 DRAWS = PROMPT | SAMPLING | {"max_new_tokens": 2, "eos": 3, "generator": None}
@@ -235,6 +246,31 @@ CALLS = {
         in_double=lambda **given: [*islice(DOUBLE.stream(**given), 3)],
     ),
     "MambaLM.initial_state": method(MODEL, "initial_state", {"batch": 2}),
+    "rotary": Call(
+        rotary, {"x": normal(2, 5, 4), "places": torch.arange(5)}, lambda x, places: x.shape
+    ),
+    "alibi_slopes": Call(alibi_slopes, {"n_head": 4}, lambda n_head: (n_head,)),
+    "TransformerConfig": Call(TransformerConfig, ATTENTION),
+    "Transformer": Call(Transformer, {"config": TransformerConfig(**ATTENTION)}),
+    "Transformer.forward": method(
+        PEER,
+        "forward",
+        {"ids": IDS, "last": False},
+        lambda ids, last: (*(ids.shape[:1] if last else ids.shape), 6),
+    ),
+    "Transformer.prefill": method(
+        PEER,
+        "prefill",
+        {"ids": IDS, "state": PEER.initial_state(2, 40)},
+        lambda ids, state: (*ids.shape, 6),
+    ),
+    "Transformer.step": method(
+        PEER,
+        "step",
+        {"ids": IDS[:, 0], "state": PEER.initial_state(2, 40)},
+        lambda ids, state: (*ids.shape, 6),
+    ),
+    "Transformer.initial_state": method(PEER, "initial_state", {"batch": 2, "length": 5}),
     "sample": Call(
         sample,
         {"logits": normal(2, 6), **SAMPLING, "generator": None},
@@ -246,6 +282,8 @@ CALLS = {
             (copying, {"data": 2, "noise": 3, "vocab": 6}, None),
             (selective_copying, {"data": 2, "noise": 3, "vocab": 6}, None),
             (induction_heads, {"length": 5, "vocab": 6}, None),
+            (associative_recall, {"length": 9, "pairs": 2, "vocab": 8}, None),
+            (parity, {"length": 5}, lambda batch, length, **_: (batch, length)),
             (next_token, {"tokens": torch.arange(9), "length": 4}, None),
         )
     },

@@ -7,9 +7,11 @@ from mamba_tutorial.tasks import (
     GO,
     IGNORE,
     NOISE,
+    associative_recall,
     copying,
     induction_heads,
     next_token,
+    parity,
     selective_copying,
 )
 
@@ -52,12 +54,46 @@ def test_induction_heads_asks_for_what_came_after_the_special_token():
         assert row[first + 1] == wanted
 
 
+def test_associative_recall_asks_for_the_value_of_each_key_once():
+    inputs, targets = associative_recall(200, seeded(), length=32, pairs=5, vocab=40)
+    assert inputs.shape == targets.shape == (200, 32)
+    asked = targets != IGNORE
+    assert not asked[:, :10].any()
+    assert (asked.sum(dim=1) == 5).all()
+    for row, wanted in zip(inputs, targets, strict=True):
+        value = dict(zip(row[0:10:2].tolist(), row[1:10:2].tolist(), strict=True))
+        assert len(value) == len(set(value.values())) == 5
+        assert all(0 < k < 20 <= v < 40 for k, v in value.items())
+        places = (wanted != IGNORE).nonzero()[:, 0]
+        assert {value[row[p].item()] for p in places} == set(value.values())
+        assert all(value[row[p].item()] == wanted[p] for p in places)
+        assert (places % 2 == 0).all()
+
+
+def test_most_keys_come_back_soon():
+    _, targets = associative_recall(5000, seeded(), length=104, pairs=2, vocab=40)
+    share = (targets[:, 4::2] != IGNORE).double().mean(dim=0)
+    chances = torch.arange(1.0, 51) ** -0.99
+    chances /= chances.sum()
+    # drawn without putting back: the first as it says, the second from what is left
+    second = (chances[:, None] * chances / (1 - chances[:, None])).fill_diagonal_(0).sum(0)
+    assert (share - chances - second).abs().max() < 0.02
+
+
+def test_parity_counts_the_ones():
+    bits, odd = parity(50, seeded(), length=20)
+    for row, wanted in zip(bits.tolist(), odd.tolist(), strict=True):
+        assert wanted == [sum(row[: t + 1]) % 2 for t in range(20)]
+
+
 @pytest.mark.parametrize(
     "make",
     [
         lambda g: copying(4, g, data=3, noise=5),
         lambda g: selective_copying(4, g, data=3, noise=5),
         lambda g: induction_heads(4, g, length=9),
+        lambda g: associative_recall(4, g, length=9, pairs=2, vocab=20),
+        lambda g: parity(4, g, length=9),
     ],
 )
 def test_a_seed_fixes_the_data(make):
@@ -81,6 +117,17 @@ def test_a_seed_fixes_the_data(make):
             "vocab is 3, exp",
         ),
         (lambda g: induction_heads(1, g, length=2), ValueError, "length is 2, expected at least 3"),
+        (
+            lambda g: associative_recall(1, g, length=7, pairs=2),
+            ValueError,
+            "length is 7, expected at least 8",
+        ),
+        (
+            lambda g: associative_recall(1, g, length=9, pairs=2, vocab=4),
+            ValueError,
+            "vocab is 4, expected an even number above 4",
+        ),
+        (lambda g: parity(1, g, length=0), ValueError, "length is 0, expected at least 1"),
     ],
 )
 @pytest.mark.usefixtures("as_a_user")
