@@ -89,9 +89,9 @@ def associative_recall(
         target   –  –  –  –  … –   –    – … – v₂ – – – v₁ – …
 
     Keys and values are distinct, from the lower and the upper half of the vocabulary; r are any
-    tokens. A key comes back at an even distance 2g from the end of the pairs, with a probability
-    that falls as 1/g nearly, so most come back soon. This is MQAR, of Arora et al. (2023,
-    "Zoology"), with the gaps of the code that goes with it, whose power is 0.01.
+    tokens. A key comes back 2g tokens after the pairs with a probability in proportion to
+    (g + 1)^−0.99, so most come back soon. This is MQAR, of Arora et al. (2023, "Zoology"), with the
+    gaps of the code that goes with it, whose power is 0.01.
 
     Args:
         batch: the number of sequences.
