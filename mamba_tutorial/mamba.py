@@ -11,7 +11,7 @@ which takes a state and returns one), and token by token (`step`).
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -469,6 +469,20 @@ class MambaLM(nn.Module):
         logits = self._logits(u[:, -1] if last and ids.ndim == 2 else u)
         return logits if state is None else (logits, state)
 
+    def hidden_states(self, ids: Ids) -> list[Float[Tensor, "batch length d_model"]]:
+        """Return the residual stream: the embedding, what each layer makes of it, and the norm's.
+
+        These are n_layer + 2 tensors; transformers returns the same without the first.
+
+        Raises:
+            TypeError, ValueError: as `forward`.
+        """
+        u = self.embedding(_check_ids(ids, self.config.vocab_size, (2,)))
+        stream = [u.to(wide(u.dtype))]
+        for layer in self.layers:
+            stream.append(layer(stream[-1]))
+        return [*stream, self.norm_f(stream[-1].to(self.norm_f.weight.dtype))]
+
     def prefill(
         self, ids: Ids, state: State | None = None
     ) -> tuple[Float[Tensor, "batch length vocab_size"], State]:
@@ -504,9 +518,11 @@ class MambaLM(nn.Module):
         temperature: float | int = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        eos: int | None = None,
+        eos: int | Collection[int] | None = None,
         generator: torch.Generator | None = None,
         state: State | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | int = 1.0,
     ) -> Iterator[Int[Tensor, " batch"]]:
         """Yield the next tokens of each sequence, one after the other, as they are drawn.
 
@@ -514,13 +530,15 @@ class MambaLM(nn.Module):
         have ended, so does the stream.
         """
         max_new_tokens = check_length(max_new_tokens, name="max_new_tokens")
-        _check_sampling(temperature, top_k, top_p, generator)
-        if eos is not None:
-            eos = check_length(eos, name="eos", least=0)
-            if eos >= self.config.vocab_size:
-                needed = f"expected a token id below {self.config.vocab_size}"
-                raise ValueError(f"eos is {eos}, {needed}")
+        _check_sampling(temperature, top_k, top_p, generator, min_p)
+        check_number("repetition_penalty", repetition_penalty, above=0)
         _check_ids_axes(ids, (2,))
+        ends = _ends(eos, self.config.vocab_size, ids.device)
+        seen = None
+        if repetition_penalty != 1:
+            ids = _check_ids(ids, self.config.vocab_size, (2,))
+            seen = ids.new_zeros(len(ids), self.config.vocab_size, dtype=torch.bool)
+            seen.scatter_(1, ids, value=True)
         state = self.initial_state(len(ids)) if state is None else state
         logits, state = self(ids, state, last=True)
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
@@ -528,13 +546,17 @@ class MambaLM(nn.Module):
         if ids.is_cuda and max_new_tokens > 1 and not torch.is_autocast_enabled("cuda"):
             advance = StepGraph(self, len(ids))
         for count in range(max_new_tokens):
-            token = sample(logits, temperature, top_k, top_p, generator)
-            if eos is not None:
-                token = token.masked_fill(ended, eos)
-                ended |= token == eos
+            if seen is not None:
+                logits = _repeated_less(logits, seen, repetition_penalty)
+            token = sample(logits, temperature, top_k, top_p, generator, min_p)
+            if ends is not None:
+                token = torch.where(ended, ends[0], token)
+                ended |= torch.isin(token, ends)
             yield token
-            if count == max_new_tokens - 1 or (eos is not None and ended.all()):
+            if count == max_new_tokens - 1 or (ends is not None and ended.all()):
                 return
+            if seen is not None:
+                seen.scatter_(1, token[:, None], value=True)
             logits, state = advance(token, state)
 
     def generate(
@@ -544,9 +566,11 @@ class MambaLM(nn.Module):
         temperature: float | int = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        eos: int | None = None,
+        eos: int | Collection[int] | None = None,
         generator: torch.Generator | None = None,
         state: State | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | int = 1.0,
     ) -> Int[Tensor, "batch longer"]:
         """Continue the sequences by tokens drawn from the model.
 
@@ -556,9 +580,13 @@ class MambaLM(nn.Module):
             temperature: the logits are divided by it; 0 takes the most probable token.
             top_k: draw from the k most probable tokens only.
             top_p: draw from the fewest most probable tokens that hold this probability together.
-            eos: the token that ends a sequence; what follows it is eos again.
+            eos: the token that ends a sequence, or several such; what follows is the first of them.
             generator: the source of randomness, on the device of ids; PyTorch's own by default.
             state: what was read before the prompts, as `prefill` returns it.
+            min_p: draw from the tokens only that are at least min_p times as probable as the most
+                probable one (Nguyen et al. 2024).
+            repetition_penalty: logits of tokens that the prompt or the new tokens hold already are
+                divided by it if positive, else multiplied (Keskar et al. 2019); 1 for none.
 
         Returns:
             (batch, length + new): the prompts and what follows. Fewer than max_new_tokens are new
@@ -570,7 +598,7 @@ class MambaLM(nn.Module):
         max_new_tokens = check_length(max_new_tokens, name="max_new_tokens")
         _check_ids_axes(ids, (2,))
         check_memory("max_new_tokens", max_new_tokens, max_new_tokens * len(ids))
-        sampling = (temperature, top_k, top_p, eos, generator, state)
+        sampling = temperature, top_k, top_p, eos, generator, state, min_p, repetition_penalty
         tokens = list(self.stream(ids, max_new_tokens, *sampling))
         return torch.cat([ids.long(), torch.stack(tokens, dim=1)], dim=1)
 
@@ -693,9 +721,10 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
+    min_p: float | None = None,
 ) -> Int[Tensor, " batch"]:
     """Draw a token for each row of logits; the arguments are those of `MambaLM.generate`."""
-    _check_sampling(temperature, top_k, top_p, generator)
+    _check_sampling(temperature, top_k, top_p, generator, min_p)
     check_is_tensor("logits", logits)
     if not logits.is_floating_point():
         raise TypeError(f"logits has dtype {logits.dtype}, expected a floating one")
@@ -710,6 +739,8 @@ def sample(
     probabilities = ((values - values[:, :1]) / temperature).softmax(-1).float()
     if top_k is not None:
         probabilities[:, min(top_k, logits.shape[1]) :] = 0
+    if min_p is not None:
+        probabilities[probabilities < min_p * probabilities[:, :1]] = 0
     if top_p is not None:  # drop a token if those before it hold enough
         share = probabilities / probabilities.sum(-1, keepdim=True)
         probabilities[share.cumsum(-1) - share >= top_p] = 0
@@ -723,8 +754,11 @@ def _check_sampling(
     top_k: int | None,
     top_p: float | None,
     generator: torch.Generator | None,
+    min_p: float | None,
 ) -> None:
     check_number("temperature", temperature, least=0)
+    if min_p is not None:
+        check_number("min_p", min_p, least=0, most=1)
     if top_k is not None:
         check_length(top_k, name="top_k")
     if top_p is not None:
@@ -732,6 +766,24 @@ def _check_sampling(
     if not isinstance(generator, torch.Generator | None):
         given = type(generator).__name__
         raise TypeError(f"generator is a {given}, expected a torch.Generator or None")
+
+
+def _ends(
+    eos: int | Collection[int] | None, vocab_size: int, device: torch.device
+) -> Tensor | None:
+    """Check the tokens that end a sequence, and return them as a tensor; None if there are none."""
+    if eos is None:
+        return None
+    several = isinstance(eos, Collection) and not isinstance(eos, str | bytes | Tensor)
+    found = [check_length(one, name="eos", least=0) for one in (eos if several else [eos])]
+    if not found or max(found) >= vocab_size:
+        needed = f"expected token ids below {vocab_size}"
+        raise ValueError(f"eos is {eos}, {needed}")
+    return torch.tensor(found, device=device)
+
+
+def _repeated_less(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def _check_ids_axes(ids: Tensor, axes: tuple[int, ...]) -> None:

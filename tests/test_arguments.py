@@ -95,7 +95,7 @@ CONFIG = {"d_model": 4, "n_layer": 2, "vocab_size": 6, "d_state": 3, "norm_eps":
 CONFIG |= {"dt_rank": 2, "conv_bias": True, "bias": False, "expand": 2, "d_conv": 3}
 ATTENTION = {"d_model": 8, "n_layer": 2, "vocab_size": 6, "n_head": 2, "position": "absolute"}
 ATTENTION |= {"max_length": 40, "d_hidden": 8, "norm_eps": 1e-5}
-SAMPLING = {"temperature": 0.5, "top_k": 3, "top_p": 0.9}
+SAMPLING = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.01}
 
 
 class Call(NamedTuple):
@@ -120,6 +120,7 @@ PEER = Transformer(TransformerConfig(**ATTENTION))
 SEQUENCE, STATE = normal(2, 5, 4), BLOCK.initial_state(2)
 PROMPT = {"ids": IDS, "state": MODEL.initial_state(2)}
 DRAWS = PROMPT | SAMPLING | {"max_new_tokens": 2, "eos": 3, "generator": None}
+DRAWS |= {"repetition_penalty": 1.2}
 like_x = lambda x, **_: x.shape  # noqa: E731
 
 CALLS = {
@@ -239,6 +240,7 @@ CALLS = {
     "MambaLM.step": method(
         MODEL, "step", PROMPT | {"ids": IDS[:, 0]}, lambda ids, state: (*ids.shape, 6)
     ),
+    "MambaLM.hidden_states": method(MODEL, "hidden_states", {"ids": IDS}),
     "MambaLM.generate": method(MODEL, "generate", DRAWS),
     "MambaLM.stream": Call(
         lambda **given: [*islice(MODEL.stream(**given), 3)],
@@ -523,7 +525,7 @@ HUGE = "is 1000000000000, expected less: it takes"
         (
             lambda: MODEL.generate(IDS, 2, eos=99),
             ValueError,
-            "eos is 99, expected a token id below",
+            "eos is 99, expected token ids below",
         ),
         (lambda: MODEL.generate(IDS, 2, eos=2.5), TypeError, "eos is a float, expected a whole"),
         (lambda: sample(torch.tensor([[1.0, math.nan]])), ValueError, "logits .* and no NaN"),

@@ -100,6 +100,17 @@ def test_reads_the_original_layout(name, pickled, tmp_path):
     compare(MambaLM.from_pretrained(tmp_path / "again"), model)
 
 
+def test_hidden_states_are_those_of_transformers(tmp_path):
+    model = theirs()
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(37, (2, 11), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        right = model(ids, output_hidden_states=True).hidden_states
+        found = MambaLM.from_pretrained(tmp_path).hidden_states(ids)
+    for value, wanted in zip(found[1:], right, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_a_model_of_ours_comes_back_to_the_bit(tmp_path):
     torch.manual_seed(0)
     model = MambaLM(MambaConfig(16, 2, 30, d_state=4, dt_rank=3, tie_embeddings=False))

@@ -242,6 +242,45 @@ def test_a_stop_token_ends_a_sequence_and_all_ended_end_the_stream():
     assert lm.generate(ids[:1], 12, temperature=0, eos=eos).shape[1] <= 5 + 4
 
 
+def test_several_stop_tokens_end_a_sequence():
+    lm, ids = model(), prompts(length=5)
+    greedy = lm.generate(ids, 12, temperature=0)[:, 5:]
+    ends = [greedy[0, 4].item(), greedy[1, 2].item()]
+    result = lm.generate(ids, 12, temperature=0, eos=ends)[:, 5:]
+    for row, free in zip(result, greedy, strict=True):
+        end = next(k for k, token in enumerate(free.tolist()) if token in ends)
+        assert torch.equal(row[: end + 1], free[: end + 1])
+        assert (row[end + 1 :] == ends[0]).all()
+    assert torch.equal(
+        lm.generate(ids, 12, temperature=0, eos=ends[:1]),
+        lm.generate(ids, 12, temperature=0, eos=ends[0]),
+    )
+
+
+def test_a_penalty_on_repetition_is_that_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    lm, ids, penalty = model(), prompts(length=5), 1.7
+    theirs = transformers.RepetitionPenaltyLogitsProcessor(penalty)
+    expected = ids
+    with torch.no_grad():
+        for _ in range(12):
+            scores = theirs(expected, lm(expected)[:, -1])
+            expected = torch.cat([expected, scores.argmax(-1, keepdim=True)], 1)
+    found = lm.generate(ids, 12, temperature=0, repetition_penalty=penalty)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, lm.generate(ids, 12, temperature=0))
+
+
+def test_hidden_states_lead_to_the_logits():
+    lm, ids = model(), prompts()
+    stream = lm.hidden_states(ids)
+    assert len(stream) == lm.config.n_layer + 2
+    torch.testing.assert_close(stream[0], lm.embedding(ids))
+    torch.testing.assert_close(lm.layers[0](stream[0]), stream[1])
+    logits = torch.nn.functional.linear(stream[-1], lm.embedding.weight[:19])
+    torch.testing.assert_close(logits, lm(ids))
+
+
 def test_sampling_follows_the_probabilities():
     logits = torch.tensor([1.0, 3.0, 0.0, 2.0]).expand(40_000, 4)
     generator = torch.Generator().manual_seed(0)
@@ -258,6 +297,10 @@ def test_sampling_follows_the_probabilities():
     two = torch.tensor([0, p[1], 0, p[3]]) / (p[1] + p[3])
     torch.testing.assert_close(shares(top_k=2), two, atol=0.01, rtol=0)
     torch.testing.assert_close(shares(top_p=p[1].item() + 0.01), two, atol=0.01, rtol=0)
+    least = p[3].item() / p[1].item()
+    torch.testing.assert_close(shares(min_p=0.99 * least), two, atol=0.01, rtol=0)
+    assert shares(min_p=1.01 * least)[1] == shares(min_p=1.0)[1] == 1
+    torch.testing.assert_close(shares(min_p=0.0), p, atol=0.01, rtol=0)
     assert shares(top_p=0.01)[1] == 1  # the likeliest token is always kept
     assert shares(top_k=99, top_p=1.0).min() > 0.02
     assert shares(temperature=0)[1] == 1
@@ -296,6 +339,10 @@ def test_bad_ids_are_named(ids, error, message):
         ({"top_k": 0}, "top_k is 0"),
         ({"top_p": 0.0}, r"top_p is 0.0, expected a finite number > 0 and ≤ 1"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"min_p": 1.5}, "min_p is 1.5"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+        ({"eos": []}, r"eos is \[\], expected token ids below 19"),
+        ({"eos": [3, 19]}, r"eos is \[3, 19\], expected token ids below 19"),
     ],
 )
 def test_bad_sampling_is_named(options, message):
