@@ -10,6 +10,7 @@ One module per idea, in the order of the book:
 - `scan`: the linear recurrence in parallel, `linear_scan`
 - `mamba`: the block and the language model; `checkpoints`: the files of trained models
 - `attention`: a causal Transformer, the model to compare with
+- `compat`: the official function's signature, and transformers' Mamba on these kernels
 - `ops`: the compiled routines as operators of PyTorch
 - `kernels`: compiled loops, for those who have a compiler; `counts`: how fast they can be at best;
   `benchmark`: how fast they are

@@ -35,6 +35,7 @@ from mamba_tutorial import (
 )
 from mamba_tutorial._check import HAS_TRITON, installed
 from mamba_tutorial.attention import Transformer, TransformerConfig, alibi_slopes, rotary
+from mamba_tutorial.compat import selective_scan_fn
 from mamba_tutorial.discretize import exprel, exprel_slope, matrix_exp_and_exprel
 from mamba_tutorial.hippo import basis, dplr, hippo_fourier, hippo_legt, nplr, online_memory
 from mamba_tutorial.mamba import sample
@@ -90,6 +91,18 @@ TOKEN = {
 ONE_BY_ONE = ("x", "dt", "B", "C", "z")
 TOKENS = TOKEN | {n: TOKEN[n][:, None].expand(-1, 5, -1).clone() for n in ONE_BY_ONE}
 TOKENS |= {"h0": normal(2, 4, 3), "return_last_state": True, "backend": "sequential"}
+OFFICIAL = {
+    "u": normal(2, 4, 5),
+    "delta": torch.rand(2, 4, 5),
+    "A": stable(4, 3),
+    "B": normal(2, 2, 3, 5),
+    "C": normal(2, 3, 5),
+    "D": normal(4),
+    "z": normal(2, 4, 5),
+    "delta_bias": torch.rand(4),
+    "delta_softplus": True,
+    "return_last_state": True,
+}
 SIZES = {"dt_min": 1e-3, "dt_max": 0.1}
 CONFIG = {"d_model": 4, "n_layer": 2, "vocab_size": 6, "d_state": 3, "norm_eps": 1e-5, **SIZES}
 CONFIG |= {"dt_rank": 2, "conv_bias": True, "bias": False, "expand": 2, "d_conv": 3}
@@ -209,6 +222,7 @@ CALLS = {
     },
     "selective_scan": Call(selective_scan, TOKENS, like_x),
     "selective_step": Call(selective_step, {"h": TOKENS["h0"], **TOKEN}, like_x),
+    "selective_scan_fn": Call(selective_scan_fn, OFFICIAL, lambda u, **_: u.shape),
     "SelectiveSSM": Call(
         SelectiveSSM,
         {"d_inner": 4, "d_state": 3, "dt_rank": 2, "selective": ("dt", "B"), **SIZES}
@@ -421,7 +435,7 @@ def test_odd_arguments(name, data):
     check(call, {n: data.draw(st.sampled_from(ALTERNATIVES[name][n])) for n in chosen})
 
 
-OPTIONAL = {"D", "z", "dt_bias", "h0"}
+OPTIONAL = {"D", "z", "dt_bias", "delta_bias", "h0"}
 REQUIRED = [
     (name, argument)
     for name, call in CALLS.items()
