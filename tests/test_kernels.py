@@ -614,7 +614,9 @@ kernels = {
     "staged rows": (scan.in_gluon.scan, rows | no_gradient),
 }
 tools = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin")
-chip = int(sys.argv[1])
+backend, chip = sys.argv[1].split(":")
+chip = int(chip) if chip.isdigit() else chip
+target = GPUTarget(backend, chip, 64 if str(chip).startswith("gfx9") else 32)
 without = {"D_ptr", "z_ptr", "bias_ptr", "h0_ptr", "ends_ptr", "spans_ptr", "starts_ptr"}
 
 
@@ -639,7 +641,6 @@ def build(kernel, constants):
     }
     make = GluonASTSource if kernel.is_gluon() else ASTSource
     source = make(kernel, signature=signature, constexprs=values, attrs=aligned)
-    target = GPUTarget("cuda", chip, 32)
     return triton.compile(source, target=target, options={"num_warps": warps}).asm
 
 
@@ -651,6 +652,24 @@ def tool(content, *command):
         result = subprocess.run(command, capture_output=True, text=True, check=True)
     return result.stdout + result.stderr
 
+
+block = {"WIDTH": 4, "BLOCK_T": 4, "BLOCK_C": 32, "num_warps": 1}
+early = {"EARLY": backend == "cuda" and chip >= 90}
+more = [
+    (plain.around.prepare, {"ROWS": 128, "BLOCK_N": 16, "num_warps": 4}),
+    (plain.around.add_up, {"BLOCK": 512, "num_warps": 4}),
+    (scan.in_triton.scan, tile | {"STAGES": 3, "REVERSE": True, "num_warps": 2}),
+    (conv._convolve, block),
+    (conv._upstream, block | {"TOKENS": 8}),
+    (conv._gather, block),
+    (decode._step, {"BLOCK_D": 128, "BLOCK_N": 16, "SOFTPLUS": True, "num_warps": 4} | early),
+    (decode._conv_step, {"WIDTH": 4, "BLOCK": 128, "num_warps": 1} | early),
+]
+if chip not in {80, 90}:  # whether there is a program at all
+    every = [given for given in kernels.values() if not given[0].is_gluon()] + more
+    built = [build(kernel, constants) for kernel, constants in every]
+    print("built:", *(len(asm["cubin" if backend == "cuda" else "hsaco"]) for asm in built))
+    sys.exit()
 
 for name, (kernel, constants) in kernels.items():
     if name == "bare":
@@ -673,18 +692,6 @@ for line in tool(code, "nvdisasm", "-c").splitlines():
 print("instructions per token:", longest / constants["TILE"])
 
 # Triton turns an integer argument that is 1 into a Python integer, which has no methods.
-block = {"WIDTH": 4, "BLOCK_T": 4, "BLOCK_C": 32, "num_warps": 1}
-early = {"EARLY": chip >= 90}
-more = [
-    (plain.around.prepare, {"ROWS": 128, "BLOCK_N": 16, "num_warps": 4}),
-    (plain.around.add_up, {"BLOCK": 512, "num_warps": 4}),
-    (scan.in_triton.scan, tile | {"STAGES": 3, "REVERSE": True, "num_warps": 2}),
-    (conv._convolve, block),
-    (conv._upstream, block | {"TOKENS": 8}),
-    (conv._gather, block),
-    (decode._step, {"BLOCK_D": 128, "BLOCK_N": 16, "SOFTPLUS": True, "num_warps": 4} | early),
-    (decode._conv_step, {"WIDTH": 4, "BLOCK": 128, "num_warps": 1} | early),
-]
 for kernel, constants in [*kernels.values(), *more]:
     if kernel not in {forward_in_gluon.forward, backward_in_gluon.backward}:  # they have more
         names = [name for name in kernel.arg_names if name.islower() and "_ptr" not in name]
@@ -704,7 +711,7 @@ SPILLS = {  # bytes
 def test_triton_compiles_for_two_generations_of_gpus_and_hardly_spills(chip):
     """Without a GPU: the bundled assembler says how many bytes of registers go to memory."""
     result = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(chip)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", COMPILE, f"cuda:{chip}"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
     found = re.findall(
@@ -717,3 +724,30 @@ def test_triton_compiles_for_two_generations_of_gpus_and_hardly_spills(chip):
     count = float(re.search(r"instructions per token: (\S+)", result.stdout)[1])
     assert 5 * 16 < count < 140
     assert "sizes of one: 15" in result.stdout
+
+
+@needs_triton
+@pytest.mark.parametrize("chip", ["cuda:100", "cuda:120", "hip:gfx942", "hip:gfx1100"])
+def test_triton_compiles_for_chips_that_are_not_here(chip):
+    """Two more generations of NVIDIA's, and AMD's in servers and at home, with 64 and 32 lanes."""
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILE, chip], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    sizes = re.search(r"built: ([\d ]+)", result.stdout)[1].split()
+    assert len(sizes) == 13
+    assert min(map(int, sizes)) > 500
+
+
+def test_amds_chips_are_not_taken_for_nvidias(monkeypatch):
+    from mamba_tutorial.kernels import _launch
+
+    class OnAGPU:
+        is_cuda, device = True, "cuda:0"
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert _launch.early(OnAGPU)["EARLY"]
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert _launch.generation(OnAGPU) == (0, 0)
+    assert _launch.early(OnAGPU) == {"EARLY": False}

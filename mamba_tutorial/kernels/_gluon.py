@@ -8,10 +8,10 @@ a GPU hold both to the definition.
 
 from types import FunctionType
 
-import torch
 from torch import Tensor
 
 from mamba_tutorial.kernels import _gates
+from mamba_tutorial.kernels._launch import generation
 from mamba_tutorial.kernels._triton import async_copy, gl, gluon, triton
 
 
@@ -38,12 +38,7 @@ def runs_on(*tensors: Tensor | None) -> bool:
     Neighbours along the last axis must be neighbours in memory.
     """
     given = [tensor for tensor in tensors if tensor is not None]
-    return all(
-        tensor.is_cuda
-        and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
-        and aligned(tensor)
-        for tensor in given
-    )
+    return all(generation(tensor) >= (8, 0) and aligned(tensor) for tensor in given)
 
 
 def aligned(tensor: Tensor) -> bool:

@@ -11,13 +11,23 @@ def on(tensor: Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def generation(tensor: Tensor) -> tuple[int, int]:
+    """Return the compute capability of the tensor's GPU, if it is NVIDIA's; else (0, 0).
+
+    All that only NVIDIA's chips have is asked for here: PyTorch calls AMD's "cuda", too.
+    """
+    if not tensor.is_cuda or torch.version.hip is not None:
+        return 0, 0
+    return torch.cuda.get_device_capability(tensor.device)
+
+
 def early(tensor: Tensor) -> dict[str, bool]:
     """Return the options of a kernel that may be started before the kernel before it has ended.
 
     From Hopper on a GPU can do so. Then the kernel, whose constant EARLY this sets, has to wait
     before it touches memory.
     """
-    can = tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+    can = generation(tensor) >= (9, 0)
     return {"EARLY": True, "launch_pdl": True} if can else {"EARLY": False}
 
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_tutorial.kernels._gluon import aligned
-from mamba_tutorial.kernels._launch import multiprocessors, on
+from mamba_tutorial.kernels._launch import generation, multiprocessors, on
 from mamba_tutorial.kernels._triton import triton
 from mamba_tutorial.kernels.selective_scan import (
     around,
@@ -299,8 +299,7 @@ def _config(d_state: int, dt_softplus: bool, exact: bool) -> dict:
 
 def _takes(x: Tensor, d_state: int, exact: bool) -> bool:
     """Say whether the kernels in Gluon, which have limits, can do this."""
-    fits = d_state <= 128 and not exact
-    return fits and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return d_state <= 128 and not exact and generation(x) >= (8, 0)
 
 
 def _whole(sizes: tuple[int, int, int, int], config: dict) -> bool:
