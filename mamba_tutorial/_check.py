@@ -287,6 +287,16 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
+WITHOUT_DOUBLE = {"mps"}  # kinds of devices that have no double precision: a Mac's GPU
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """Return the numbers in double precision, or the best that their device has."""
+    if tensor.device.type in WITHOUT_DOUBLE:
+        return tensor.to(torch.complex64 if tensor.is_complex() else torch.float32)
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
 def check_triton(tensor: Tensor, name: str) -> None:
     """Raise ValueError unless the tensor can enter a Triton kernel; `name` asked for one.
 

@@ -34,6 +34,7 @@ from mamba_tutorial._check import (
     check_number,
     check_room,
     check_shape,
+    precise,
 )
 
 Position = Literal["absolute", "rope", "alibi"]
@@ -134,9 +135,9 @@ def rotary(
 
 
 def _angles(places: Tensor, size: int) -> Tensor:
-    """Return (length, size/2); in double precision, for 100,000 places are 100,000 radians."""
+    """Return (length, size/2), as precise as can be, for 100,000 places are 100,000 radians."""
     i = torch.arange(size // 2, device=places.device)
-    return places.double()[:, None] * 10000.0 ** (-2 * i / size)
+    return precise(places)[:, None] * 10000.0 ** (-2 * i / size)
 
 
 def _turned(x: Tensor, angles: Tensor) -> Tensor:

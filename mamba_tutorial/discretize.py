@@ -27,6 +27,7 @@ from mamba_tutorial._check import (
     check_square,
     check_step,
     check_tensors,
+    precise,
 )
 
 Step = float | int | Float[Tensor, "*#batch"]
@@ -197,8 +198,7 @@ def matrix_exp_and_exprel(
     check_tensors(Z=Z)
     check_square("Z", Z)
     given = Z.dtype
-    if Z.device.type != "mps":  # which has no double precision
-        Z = Z.to(torch.complex128 if Z.is_complex() else torch.float64)
+    Z = precise(Z)
     halvings = _halvings(Z)
     Z, identity = Z * 0.5**halvings, torch.eye(Z.shape[-1], dtype=Z.dtype, device=Z.device)
     mean = identity.expand_as(Z)

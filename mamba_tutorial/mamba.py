@@ -36,6 +36,7 @@ from mamba_tutorial._check import (
     check_number,
     check_room,
     check_shape,
+    precise,
     wide,
 )
 from mamba_tutorial.ops import register, vjp
@@ -735,7 +736,7 @@ def sample(
     if temperature == 0:
         return logits.argmax(-1)
     # the largest is taken away first: it may be large, and the temperature very small
-    values, tokens = logits.double().sort(dim=-1, descending=True)
+    values, tokens = precise(logits).sort(dim=-1, descending=True)
     probabilities = ((values - values[:, :1]) / temperature).softmax(-1).float()
     if top_k is not None:
         probabilities[:, min(top_k, logits.shape[1]) :] = 0

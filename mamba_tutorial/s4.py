@@ -35,6 +35,7 @@ from mamba_tutorial._check import (
     check_shape,
     check_step,
     check_tensors,
+    precise,
     wide,
 )
 from mamba_tutorial.discretize import diagonal_zoh, exprel, exprel_slope
@@ -221,7 +222,7 @@ def _cauchy_terms(
     Lambda: Tensor, P: Tensor, B: Tensor, C_truncated: Tensor, dt: Tensor, length: int
 ) -> tuple[Tensor, ...]:
     """Return what `_SPECTRUM` takes."""
-    angle = 2 * math.pi * torch.arange(length // 2 + 1, device=P.device).double() / length
+    angle = 2 * math.pi * precise(torch.arange(length // 2 + 1, device=P.device)) / length
     # 1 − z and 1 + z from half angles, or small angles would cancel
     minus = torch.complex(2 * torch.sin(angle / 2) ** 2, torch.sin(angle)).to(P)
     plus = torch.complex(torch.cos(angle / 2) ** 2, -torch.sin(angle) / 2).to(P)  # (1 + z) / 2
@@ -286,7 +287,7 @@ def _truncate(C: Tensor, A_bar: Tensor, length: int) -> Tensor:
 
 def _bilinear_matrix(Lambda: Tensor, P: Tensor, dt: Tensor) -> Tensor:
     """Return the dense Ā = 2 (I − Δ/2 A)⁻¹ − I, in double precision; see `_bilinear_dplr`."""
-    Lambda, P, dt = Lambda.to(torch.complex128), P.to(torch.complex128), dt.double()
+    Lambda, P, dt = precise(Lambda), precise(P), precise(dt)
     d, column, row = _bilinear_dplr(Lambda, P, dt)
     return torch.diag_embed(2 * d - 1) - 2 * column[..., None] * row[..., None, :]
 
@@ -321,7 +322,7 @@ def _truncate_dplr_gradients(
         dpower = dpower @ root + root @ dpower
     inverse = (turned + torch.eye(A_bar.shape[-1]).to(turned)) / 2
     dM = 2 * inverse @ (dA_bar + dpower) @ inverse
-    diagonal, half = dM.diagonal(dim1=-2, dim2=-1), dt.double()[..., None] / 2
+    diagonal, half = dM.diagonal(dim1=-2, dim2=-1), precise(dt)[..., None] / 2
     dP = -half * ((dM + _adjoint(dM)) @ column).squeeze(-1)
     dhalf = (Lambda.conj_physical() * diagonal).real.sum(-1)
     dhalf -= (_adjoint(column) @ dM @ column).real.sum((-1, -2))
@@ -767,8 +768,8 @@ class S4(_Layer):
 
     def discrete(self) -> tuple[Complex[Tensor, "d_model n n"], Complex[Tensor, "d_model n 1"]]:
         """Return the dense Ā and B̄ of all channels, in double precision."""
-        Lambda, P, B, _ = (mode.to(torch.complex128) for mode in self.modes())
-        A_bar, half = _bilinear_matrix(Lambda, P, self.dt), self.dt.double()[..., None] / 2
+        Lambda, P, B, _ = (precise(mode) for mode in self.modes())
+        A_bar, half = _bilinear_matrix(Lambda, P, self.dt), precise(self.dt)[..., None] / 2
         # B̄ = (I − Δ/2 A)⁻¹ Δ B, and that inverse is (Ā + I)/2
         return A_bar, ((A_bar @ B[..., None]).squeeze(-1) + B)[..., None] * half[..., None]
 

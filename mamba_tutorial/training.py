@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mamba_tutorial._check import check_length, check_number
+from mamba_tutorial._check import check_length, check_number, precise
 from mamba_tutorial.tasks import IGNORE
 
 if os.name == "nt":
@@ -156,7 +156,7 @@ def accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
     targets, scored, outside = _targets(logits, targets)
     if outside.any() or not scored.any():
         raise _wrong_targets(logits, targets, outside)
-    return (logits.argmax(-1) == targets)[scored].double().mean().item()
+    return precise((logits.argmax(-1) == targets)[scored]).mean().item()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

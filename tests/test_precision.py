@@ -5,6 +5,8 @@ import math
 import pytest
 import scipy.linalg
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mamba_tutorial import (
     S4,
@@ -14,6 +16,7 @@ from mamba_tutorial import (
     MambaLM,
     SelectiveSSM,
     StateSpace,
+    _check,
     bilinear,
     causal_convolution,
     euler,
@@ -21,7 +24,9 @@ from mamba_tutorial import (
     selective_scan,
     zoh,
 )
+from mamba_tutorial.attention import Transformer, TransformerConfig
 from mamba_tutorial.hippo import hippo_legs, online_memory
+from mamba_tutorial.ops import OPERATORS, Operator
 from mamba_tutorial.scan import ALGORITHMS
 
 HALF = [torch.float16, torch.bfloat16]
@@ -180,3 +185,72 @@ def test_the_exponential_of_a_matrix_that_is_far_from_normal():
         A_bar, _ = zoh(A, B, step)
         exact = torch.from_numpy(scipy.linalg.expm((step * A).numpy()))
         assert (A_bar - exact).abs().max() / exact.abs().max() < 1e-12
+
+
+# where there is no double precision, as on a Mac's GPU
+
+
+class NoDouble(TorchDispatchMode):
+    """Refuse every operation that gives double precision."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Run it, and look at what it gives."""
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            double = torch.float64, torch.complex128
+            assert not (isinstance(value, torch.Tensor) and value.dtype in double), func
+        return result
+
+
+IDS = torch.arange(10).view(2, 5)
+MODELS = {
+    "MambaLM": (lambda: MambaLM(MambaConfig(8, 2, 10)), IDS),
+    "Transformer": (lambda: Transformer(TransformerConfig(8, 2, 10, n_head=2)), IDS),
+    "S4": (lambda: S4(4, 8), torch.ones(2, 5, 4)),
+    "S4D": (lambda: S4D(4, 8), torch.ones(2, 5, 4)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_run_and_train_without_double_precision(name, monkeypatch):
+    build, given = MODELS[name]
+    torch.manual_seed(0)
+    model = build()
+    parameters = list(model.parameters())
+
+    def results():
+        y = model(given)
+        return [y, *torch.autograd.grad(y.square().mean(), parameters)]
+
+    expected = results()
+    monkeypatch.setattr(_check, "WITHOUT_DOUBLE", {"cpu"})
+    # a mode does not see what a compiled routine does, but its definition
+    monkeypatch.setattr(
+        Operator, "__call__", lambda operator, *inputs: operator.definition(*inputs)
+    )
+    with NoDouble():
+        found = results()
+    for value, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_the_matrices_of_s4_and_its_steps_without_double_precision(monkeypatch):
+    torch.manual_seed(0)
+    layer, x, d = S4(4, 8), torch.ones(2, 4), torch.ones(4, 9)
+    given = *layer.pairs(), layer.dt, 9
+    expected = OPERATORS["dplr_kernel_backward"](d, OPERATORS["dplr_kernel"](*given)[1], *given)
+    monkeypatch.setattr(_check, "WITHOUT_DOUBLE", {"cpu"})
+    with NoDouble(), torch.no_grad():
+        _, truncated = OPERATORS["dplr_kernel"].run(*given)
+        found = OPERATORS["dplr_kernel_backward"].run(d, truncated, *given)
+        layer.step(x, layer.initial_state(2))
+        layer.discrete()
+    for value, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_writes_without_double_precision(monkeypatch):
+    monkeypatch.setattr(_check, "WITHOUT_DOUBLE", {"cpu"})
+    model = MambaLM(MambaConfig(8, 2, 10))
+    with NoDouble():
+        assert model.generate(IDS, 3, top_k=5, top_p=0.9, min_p=0.01).shape == (2, 8)
