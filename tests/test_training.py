@@ -235,10 +235,12 @@ from mamba_tutorial.training import train
 
 calls, timer, chance = 0, None, random.Random(0)
 
-def batches(generator):  # Ctrl-C comes soon after each 23rd call
+def batches(generator):  # Ctrl-C comes soon after each 23rd call, and before the next such
     global calls, timer
     calls += 1
     if file is not None and calls % 23 == 0:
+        if timer is not None:
+            timer.join()
         timer = threading.Timer(1e-3 * chance.random(), os.kill, (os.getpid(), signal.SIGINT))
         timer.start()
     x = torch.randn(32, 4, generator=generator)
