@@ -233,6 +233,7 @@ SIGNALLED = """
 import os, random, signal, sys, threading, time, torch
 from mamba_tutorial.training import train
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background lacks
 calls, timer, chance = 0, None, random.Random(0)
 
 def batches(generator):  # Ctrl-C comes soon after each 23rd call, and before the next such
