@@ -129,6 +129,43 @@ def check_shape(name: str, tensor: Tensor, axes: str, **sizes: int) -> None:
         raise ValueError(f"{name} has shape {given}, expected ({symbols}){equal}")
 
 
+def check_ids_axes(ids: Tensor, axes: tuple[int, ...]) -> None:
+    """Check that ids are whole numbers, with one of these numbers of axes, and not without tokens.
+
+    Raises:
+        TypeError: they are no tensor, or of another dtype.
+        ValueError: they have other axes, or none along the length.
+    """
+    check_is_tensor("ids", ids)
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise TypeError(f"ids has dtype {ids.dtype}, expected whole numbers")
+    if ids.ndim not in axes or (ids.ndim == 2 and ids.shape[1] == 0):
+        shapes = {1: "(batch,)", 2: "(batch, length) with at least one token"}
+        needed = f"expected {' or '.join(shapes[count] for count in axes)}"
+        raise ValueError(f"ids has shape {tuple(ids.shape)}, {needed}")
+
+
+def check_ids(ids: Tensor, vocab_size: int, axes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Check ids for a model on this device, and return them as its embedding takes them.
+
+    Raises:
+        TypeError, ValueError: as `check_ids_axes`; or an id is outside the vocabulary (on a GPU,
+            where that is not waited for, such an id ends the program), or they lie elsewhere.
+    """
+    check_ids_axes(ids, axes)
+    ids = ids.long()
+    if can_look_at(ids) and ids.numel():
+        right = (ids >= 0) & (ids < vocab_size)
+        if ids.is_cuda:  # without waiting
+            torch._assert_async(right.all())
+        elif not right.all():
+            wrong = ids[~right][0].item()
+            raise ValueError(f"ids holds {wrong}, expected token ids from 0 to {vocab_size - 1}")
+    if ids.device != device:
+        raise ValueError(f"ids is on device {ids.device}, expected {device}, the model's")
+    return ids
+
+
 def check_square(name: str, tensor: Tensor) -> None:
     """Raise ValueError unless the last two axes have the same size."""
     if tensor.ndim < 2 or tensor.shape[-2] != tensor.shape[-1]:

@@ -28,6 +28,7 @@ from mamba_tutorial._check import (
     can_look_at,
     check_choice,
     check_flag,
+    check_ids,
     check_is_tensor,
     check_length,
     check_memory,
@@ -314,7 +315,7 @@ class Transformer(nn.Module):
                 or has an id outside the vocabulary.
         """
         check_flag("last", last)
-        self._check_ids(ids, "batch length")
+        ids = self._check_ids(ids, 2)
         self._check_places(ids.shape[1])
         places = torch.arange(ids.shape[1], device=ids.device)
         u = self._run(ids, places, None)
@@ -333,7 +334,7 @@ class Transformer(nn.Module):
         Raises:
             TypeError, ValueError: as `forward`; or the state is of another batch, or full.
         """
-        self._check_ids(ids, "batch length")
+        ids = self._check_ids(ids, 2)
         state = self._checked(state, ids)
         places = state.length + torch.arange(ids.shape[1], device=ids.device)
         u = self._run(ids, places, state)
@@ -347,12 +348,12 @@ class Transformer(nn.Module):
         Raises:
             TypeError, ValueError: as `prefill`, with ids (batch,).
         """
-        self._check_ids(ids, "batch")
+        ids = self._check_ids(ids, 1)
         logits, state = self.prefill(ids[:, None], state)
         return logits[:, 0], state
 
     def _run(self, ids: Tensor, places: Tensor, state: Cache | None) -> Tensor:
-        u = self.embedding(ids.long())
+        u = self.embedding(ids)
         if self.config.position == "absolute":
             u = u + self.places(places)
         for k, layer in enumerate(self.layers):
@@ -368,22 +369,8 @@ class Transformer(nn.Module):
         if self.config.position == "absolute" and length > most:
             raise ValueError(f"length is {length}, expected at most max_length = {most}")
 
-    def _check_ids(self, ids: Tensor, axes: str) -> None:
-        check_is_tensor("ids", ids)
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise TypeError(f"ids has dtype {ids.dtype}, expected whole numbers")
-        check_shape("ids", ids, axes)
-        if ids.ndim == 2 and ids.shape[1] == 0:
-            raise ValueError(f"ids has shape {tuple(ids.shape)}, expected at least one token")
-        if ids.device != self.embedding.weight.device:
-            needed = f"expected {self.embedding.weight.device}, the model's"
-            raise ValueError(f"ids is on device {ids.device}, {needed}")
-        if not can_look_at(ids) or not ids.is_cpu or not ids.numel():  # a GPU is not waited for
-            return
-        least, most = ids.min().item(), ids.max().item()
-        if least < 0 or most >= self.config.vocab_size:
-            needed = f"expected token ids from 0 to {self.config.vocab_size - 1}"
-            raise ValueError(f"ids holds {least if least < 0 else most}, {needed}")
+    def _check_ids(self, ids: Tensor, axes: int) -> Tensor:
+        return check_ids(ids, self.config.vocab_size, (axes,), self.embedding.weight.device)
 
     def _checked(self, state: Cache, ids: Tensor) -> Cache:
         if not isinstance(state, tuple | list) or len(state) != len(Cache._fields):

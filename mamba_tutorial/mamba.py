@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from mamba_tutorial import checkpoints
 from mamba_tutorial._check import (
     HAS_TRITON,
-    can_look_at,
     check_choice,
     check_flag,
+    check_ids,
+    check_ids_axes,
     check_input,
     check_is_tensor,
     check_least,
@@ -460,10 +461,7 @@ class MambaLM(nn.Module):
                 of another batch or model.
         """
         check_flag("last", last)
-        ids = _check_ids(ids, self.config.vocab_size, (2,) if state is None else (1, 2))
-        if ids.device != self.embedding.weight.device:
-            needed = f"expected {self.embedding.weight.device}, the model's"
-            raise ValueError(f"ids is on device {ids.device}, {needed}")
+        ids = self._check_ids(ids, (2,) if state is None else (1, 2))
         if state is not None:
             _check_state(state, self.config.n_layer)
         u, state = self._run(ids, state)
@@ -478,7 +476,7 @@ class MambaLM(nn.Module):
         Raises:
             TypeError, ValueError: as `forward`.
         """
-        u = self.embedding(_check_ids(ids, self.config.vocab_size, (2,)))
+        u = self.embedding(self._check_ids(ids, (2,)))
         stream = [u.to(wide(u.dtype))]
         for layer in self.layers:
             stream.append(layer(stream[-1]))
@@ -496,7 +494,7 @@ class MambaLM(nn.Module):
         Raises:
             TypeError, ValueError: as `forward`; or the state is of another batch or model.
         """
-        _check_ids_axes(ids, (2,))
+        check_ids_axes(ids, (2,))
         return self(ids, self.initial_state(len(ids)) if state is None else state)
 
     def step(
@@ -507,7 +505,7 @@ class MambaLM(nn.Module):
         Raises:
             TypeError, ValueError: as `prefill`, with ids (batch,).
         """
-        _check_ids_axes(ids, (1,))
+        check_ids_axes(ids, (1,))
         _check_state(state, self.config.n_layer)
         return self(ids, state)
 
@@ -533,11 +531,11 @@ class MambaLM(nn.Module):
         max_new_tokens = check_length(max_new_tokens, name="max_new_tokens")
         _check_sampling(temperature, top_k, top_p, generator, min_p)
         check_number("repetition_penalty", repetition_penalty, above=0)
-        _check_ids_axes(ids, (2,))
+        check_ids_axes(ids, (2,))
         ends = _ends(eos, self.config.vocab_size, ids.device)
         seen = None
         if repetition_penalty != 1:
-            ids = _check_ids(ids, self.config.vocab_size, (2,))
+            ids = self._check_ids(ids, (2,))
             seen = ids.new_zeros(len(ids), self.config.vocab_size, dtype=torch.bool)
             seen.scatter_(1, ids, value=True)
         state = self.initial_state(len(ids)) if state is None else state
@@ -597,7 +595,7 @@ class MambaLM(nn.Module):
             TypeError, ValueError: as `forward`; or an argument is out of its range.
         """
         max_new_tokens = check_length(max_new_tokens, name="max_new_tokens")
-        _check_ids_axes(ids, (2,))
+        check_ids_axes(ids, (2,))
         check_memory("max_new_tokens", max_new_tokens, max_new_tokens * len(ids))
         sampling = temperature, top_k, top_p, eos, generator, state, min_p, repetition_penalty
         tokens = list(self.stream(ids, max_new_tokens, *sampling))
@@ -643,6 +641,9 @@ class MambaLM(nn.Module):
             tensors[name] = tensors[name][: self.config.vocab_size]
         config = replace(self.config, dt_rank=self.config.rank, pad_vocab_size_multiple=1)
         checkpoints.save(checkpoints.as_path("folder", folder), config, tensors)
+
+    def _check_ids(self, ids: Tensor, axes: tuple[int, ...]) -> Tensor:
+        return check_ids(ids, self.config.vocab_size, axes, self.embedding.weight.device)
 
     def _run(self, ids: Tensor, state: State | None) -> tuple[Tensor, State | None]:
         u = self.embedding(ids)
@@ -785,30 +786,6 @@ def _ends(
 
 def _repeated_less(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def _check_ids_axes(ids: Tensor, axes: tuple[int, ...]) -> None:
-    check_is_tensor("ids", ids)
-    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
-        raise TypeError(f"ids has dtype {ids.dtype}, expected whole numbers")
-    if ids.ndim not in axes or (ids.ndim == 2 and ids.shape[1] == 0):
-        shapes = {1: "(batch,)", 2: "(batch, length) with at least one token"}
-        needed = f"expected {' or '.join(shapes[count] for count in axes)}"
-        raise ValueError(f"ids has shape {tuple(ids.shape)}, {needed}")
-
-
-def _check_ids(ids: Tensor, vocab_size: int, axes: tuple[int, ...]) -> Tensor:
-    """Check ids, and return them as the embedding takes them."""
-    _check_ids_axes(ids, axes)
-    ids = ids.long()
-    if can_look_at(ids) and ids.numel():
-        right = (ids >= 0) & (ids < vocab_size)
-        if ids.is_cuda:  # without waiting
-            torch._assert_async(right.all())
-        elif not right.all():
-            wrong = ids[~right][0].item()
-            raise ValueError(f"ids holds {wrong}, expected token ids from 0 to {vocab_size - 1}")
-    return ids
 
 
 def _check_state(state: State, blocks: int) -> None:

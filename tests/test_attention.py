@@ -202,7 +202,7 @@ def test_bad_input():
         "expected token ids from 0 to 10": lambda: made(torch.tensor([[11]])),
         "length is 33, expected at most max_length = 32": lambda: made(ids(1, 33)),
         "ids has dtype torch.float32": lambda: made(torch.ones(1, 2)),
-        "expected at least one token": lambda: made(torch.ones(1, 0, dtype=torch.long)),
+        "with at least one token": lambda: made(torch.ones(1, 0, dtype=torch.long)),
         "with state.length = 0, expected at most 2, the room": lambda: made.prefill(
             ids(1, 3), made.initial_state(1, 2)
         ),
