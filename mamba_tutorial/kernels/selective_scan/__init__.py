@@ -167,10 +167,8 @@ def _run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, every):
     in_gluon, enough, resident = _takes(x, d_state, exact), 3, RESIDENT  # by measurement
     if in_gluon:  # a row of channels has several warps
         constants = forward_in_gluon.config(d_state)
-        enough, resident = (
-            max(1, 3 / constants["num_warps"]),
-            2 * RESIDENT // constants["num_warps"],
-        )
+        warps = constants["num_warps"]
+        enough, resident = max(1, 3 / warps), 2 * RESIDENT // warps
     chunk = _chunk(x, batch * blocks, length, enough, resident)
     chunks = triton.cdiv(length, chunk)
     sizes = length, chunk, d_inner, d_state
@@ -182,7 +180,6 @@ def _run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, every):
         if chunks > 1:
             ends, spans = _run_ends(x, dt, A, B, None, dt_bias, sizes, config, reverse=False)
         given = x, dt, A, B, C, D, z, dt_bias, h0, ends, spans, y, starts, h_last
-        strides = *_strides(x), *_strides(dt), *_strides(z)
         how = {"HALVES": ends.shape[2] if chunks > 1 else 0, "EVERY": every or length}
         grid = (batch * chunks * blocks,)
         if in_gluon:
@@ -191,6 +188,7 @@ def _run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, every):
                 SOFTPLUS=dt_softplus, WHOLE=d_inner % LANES == 0, **how, **constants,
             )  # fmt: skip
         else:
+            strides = *_strides(x), *_strides(dt), *_strides(z)
             forward_in_triton.forward[grid](*given, *sizes, *strides, **how, **config)
     return y, h_last.mT, starts
 
