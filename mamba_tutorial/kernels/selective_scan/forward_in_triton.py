@@ -159,9 +159,13 @@ def ends(
     """
     chunks = tl.cdiv(length, chunk)
     block, part, batch = place(d_inner, chunks, BLOCK_D)
-    t, n = tl.arange(0, TILE)[:, None], tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t, n = tl.arange(0, TILE)[:, None], tl.arange(0, BLOCK_N)
+    skipped = tl.program_id(1) * BLOCK_N  # states that other programs take
+    A_ptr += skipped * d_inner
+    V_ptr += skipped
+    ends_ptr += skipped * d_inner
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    real, states = below(d[None, :], d_inner, WHOLE), below(n[None, :], d_state, WHOLE)
+    real, states = below(d[None, :], d_inner, WHOLE), below(n[None, :], d_state - skipped, WHOLE)
     square = states[:, :, None] & real[:, None, :]
     at = tl.multiple_of(n[None, :, None] * d_inner + d[None, None, :], [1, 1, 1])
     A = tl.load(A_ptr + at, square, 0.0)
