@@ -12,6 +12,8 @@ recorded in a graph it is called directly, and the row says so.
 """
 
 import argparse
+import copy
+import gc
 import importlib
 import json
 import math
@@ -21,7 +23,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from unittest import mock
 
@@ -30,8 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from mamba_tutorial.attention import Transformer, TransformerConfig
+from mamba_tutorial.generation import StepGraph
 from mamba_tutorial.layers import LSTMLayer, SelectiveLayer
-from mamba_tutorial.mamba import MambaBlock, MambaConfig, MambaLM, StepGraph
+from mamba_tutorial.mamba import MambaBlock, MambaConfig, MambaLM
 from mamba_tutorial.s4 import S4D
 from mamba_tutorial.scan import linear_scan
 from mamba_tutorial.selective import selective_scan
@@ -58,7 +62,27 @@ SCANS = [  # batch, length, d_inner
     (1, 131072, 1536),
     (1, 1 << 20, 1536),
 ]
+SWEEP = [  # batch, length, d_inner, d_state, dtype: where few things are many, and where many are
+    *(
+        (*shape, d_state, torch.bfloat16)
+        for d_state in (4, 16, 64, 128)
+        for shape in ((1, 2048, 768), (4, 512, 1000), (1, 16384, 768), (64, 128, 768))
+    ),
+    *((8, 2048, 2048, d_state, torch.bfloat16) for d_state in (4, 8, 32, 64, 128)),
+    *((4, 512, 64, d_state, torch.bfloat16) for d_state in (8, 16, 64)),
+    (1, 1, 2048, 16, torch.bfloat16),
+    (1, 64, 8192, 16, torch.bfloat16),
+    (1, 2048, 64, 16, torch.bfloat16),
+    (1, 131072, 64, 16, torch.bfloat16),
+    (64, 2048, 256, 16, torch.bfloat16),
+    (8, 2048, 2048, 16, torch.float16),
+    (8, 2048, 2048, 16, torch.float32),
+    (1, 2048, 1536, 16, torch.float32),
+    (2, 3000, 331, 24, torch.float32),
+]
 SMALL = MambaConfig(d_model=768, n_layer=24, vocab_size=50280)  # the size of mamba-130m
+SMALL_TRANSFORMER = TransformerConfig(d_model=768, n_layer=12, vocab_size=50280, n_head=12)
+NEW_TOKENS = 64  # that every program writes in `generation`
 
 
 # how to measure
@@ -110,8 +134,12 @@ def copy_bandwidth() -> float:
 
 
 def relative(value: Tensor, exact: Tensor) -> float:
-    """Return ‖value − exact‖ / ‖exact‖."""
-    return ((value.double() - exact.double()).norm() / exact.double().norm()).item()
+    """Return ‖value − exact‖ / ‖exact‖, added up in float64; ‖value‖ where `exact` is zero."""
+    apart, size = (
+        torch.linalg.vector_norm(tensor, dtype=torch.float64)
+        for tensor in (value.to(exact.dtype) - exact, exact)
+    )
+    return (apart / size if size else apart).item()
 
 
 def attempt(row: Row, measure: Callable[[], Row]) -> Row:
@@ -124,6 +152,7 @@ def attempt(row: Row, measure: Callable[[], Row]) -> Row:
         lines = str(error).splitlines() or [""]
         return row | {"passed_over": f"{type(error).__name__}: {lines[0][:200]}"}
     finally:
+        gc.collect()  # graphs, which hold memory, are parts of cycles
         torch.cuda.empty_cache()
 
 
@@ -244,15 +273,17 @@ def _recurrence(scan: Callable, given: Sequence[Tensor], axis: int, exact: Tenso
 # the selective scan
 
 
-def scan_inputs(batch: int, length: int, d_inner: int) -> list[Tensor]:
-    """Return x, dt, A, B, C, D, z, dt_bias as a Mamba block has them at the start, bfloat16."""
+def scan_inputs(
+    batch: int, length: int, d_inner: int, d_state: int = 16, dtype: torch.dtype = torch.bfloat16
+) -> list[Tensor]:
+    """Return x, dt, A, B, C, D, z, dt_bias as a Mamba block has them at the start."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device="cuda").bfloat16()
+        return torch.randn(shape, generator=generator, device="cuda").to(dtype)
 
-    tokens, shared = (batch, length, d_inner), (batch, length, 16)
-    A = -torch.arange(1.0, 17, device="cuda").repeat(d_inner, 1)
+    tokens, shared = (batch, length, d_inner), (batch, length, d_state)
+    A = -torch.arange(1.0, d_state + 1, device="cuda").repeat(d_inner, 1)
     log_dt = torch.rand(d_inner, generator=generator, device="cuda") * math.log(100) - math.log(1e3)
     bias = log_dt.exp() + torch.log(-torch.expm1(-log_dt.exp()))  # softplus gives 0.001 … 0.1
     D = torch.ones(d_inner, device="cuda")
@@ -291,8 +322,13 @@ def mamba_ssm_scan(*given: Tensor) -> Tensor:
 
 
 def selective() -> Iterator[Row]:
-    """Forward, forward with backward, and memory, bfloat16, 16 states, gate, bias and softplus."""
+    """Forward, forward with backward, and memory, bfloat16, 16 states, gate, bias and softplus.
+
+    Before it is timed, all of the output and all gradients are compared with float64.
+    """
     for batch, length, d_inner in SCANS:
+        gc.collect()
+        torch.cuda.empty_cache()  # the last one needs most of the memory
         given = scan_inputs(batch, length, d_inner)
         upstream = torch.randn_like(given[0])
         last = [tensor.mT.contiguous() if tensor.ndim == 3 else tensor for tensor in given]
@@ -304,14 +340,39 @@ def selective() -> Iterator[Row]:
             candidates["mamba_tutorial, plain Triton"] = (plain_scan, given, upstream)
         if batch * length * d_inner <= 1 << 23:
             candidates["PyTorch, unfused"] = (unfused_scan, given, upstream)
-        exact = _exact(given)
+        exact = exact_scan(given, upstream)
         shape = {"batch": batch, "length": length, "d_inner": d_inner}
         for name, (scan, inputs, gradient) in candidates.items():
             row = {**shape, "name": name}
             with without_gluon() if scan is plain_scan else nullcontext():
                 row = attempt(row, partial(_selective, scan, inputs, gradient, exact))
             yield row
-        del given, last, candidates, upstream
+        del given, last, candidates, upstream, exact
+
+
+def sweep() -> Iterator[Row]:
+    """Sizes of all kinds, of everything whole: ours and the official kernel, one row for both.
+
+    Before it is timed, all of the output and all gradients are compared with float64.
+    """
+    for batch, length, d_inner, d_state, dtype in SWEEP:
+        given = scan_inputs(batch, length, d_inner, d_state, dtype)
+        row = {"batch": batch, "length": length, "d_inner": d_inner, "d_state": d_state}
+        yield attempt(row | {"dtype": str(dtype)[6:]}, partial(_side_by_side, given))
+        del given
+
+
+def _side_by_side(given: Sequence[Tensor]) -> Row:
+    upstream, row = torch.randn_like(given[0]), {}
+    exact = exact_scan(given, upstream)
+    last = [tensor.mT.contiguous() if tensor.ndim == 3 else tensor for tensor in given]
+    for name, scan, inputs, gradient in (
+        ("ours", ours_scan, given, upstream),
+        ("official", mamba_ssm_scan, last, upstream.mT.contiguous()),
+    ):
+        found = _selective(scan, inputs, gradient, exact)
+        row |= {f"{name}_{key}": value for key, value in found.items()}
+    return row
 
 
 def lessons() -> Iterator[Row]:
@@ -340,28 +401,47 @@ def lessons() -> Iterator[Row]:
             yield attempt({"name": name}, measure)
 
 
-def _exact(given: Sequence[Tensor]) -> Tensor:
-    """Return the first 4096 tokens of 32 channels of the first sequence, in float64."""
-    part = [t[:1, :4096, :32] if t.ndim == 3 else t[:32] for t in given]
-    x, dt, A, B, C, D, z, bias = (tensor.double() for tensor in part)
-    return selective_scan(x, dt, A, B, C, D, z, bias, True, backend="parallel")
+def exact_scan(given: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+    """Return y and the gradients of all inputs, computed in float64 by PyTorch operations.
+
+    Some channels of one sequence after the other, so that the states have room; kept in float32.
+    """
+    x, B = given[0], given[4]
+    (batch, length, d_inner), d_state = x.shape, B.shape[2]
+    width = max(1, (1 << 26) // (length * d_state))
+    results = [torch.zeros_like(t, dtype=torch.float32) for t in (x, *given)]
+    for sequence in range(batch):
+        for first in range(0, d_inner, width):
+            channels, shared = slice(first, first + width), (slice(sequence, sequence + 1),)
+            tokens, own = (*shared, slice(None), channels), (channels,)
+            where = tokens, tokens, own, shared, shared, own, tokens, own
+            leaves = [
+                t[at].detach().double().requires_grad_() for t, at in zip(given, where, strict=True)
+            ]
+            y = selective_scan(*leaves, True, backend="parallel")
+            found = y.detach(), *torch.autograd.grad(y, leaves, upstream[tokens].double())
+            for result, at, part in zip(results, (tokens, *where), found, strict=True):
+                result[at] += part
+    return results
 
 
-def _selective(scan: Callable, given: Sequence[Tensor], upstream: Tensor, exact: Tensor) -> Row:
-    with torch.no_grad():
-        y = scan(*given)
-    y = y.mT if scan is mamba_ssm_scan else y
-    part = y[:1, : exact.shape[1], :32]
-    error = relative(part, exact)
-    if not error < 5e-3:
-        raise ValueError(f"wrong, by {error:.1e}")
-    del y, part
+def _selective(
+    scan: Callable, given: Sequence[Tensor], upstream: Tensor, exact: Sequence[Tensor]
+) -> Row:
     leaves = [tensor.detach().requires_grad_() for tensor in given]
 
-    def both() -> object:
-        return torch.autograd.grad(scan(*leaves), leaves, upstream)
+    def both() -> tuple[Tensor, ...]:
+        y = scan(*leaves)
+        return y.detach(), *torch.autograd.grad(y, leaves, upstream)
 
-    row = {"error": error, "peak_mib": peak_mib(both)}
+    turned = scan is mamba_ssm_scan
+    errors = [
+        relative(value.mT if turned and value.ndim == 3 else value, right)
+        for value, right in zip(both(), exact, strict=True)
+    ]
+    if not max(errors) < 1e-2:
+        raise ValueError("wrong, by " + ", ".join(f"{error:.1e}" for error in errors))
+    row = {"error": errors[0], "gradient_error": max(errors[1:]), "peak_mib": peak_mib(both)}
     row["forward_ms"], row["how"] = milliseconds(no_grad(lambda: scan(*given)))
     row["both_ms"], _ = milliseconds(both)
     return row
@@ -445,19 +525,15 @@ def decode() -> Iterator[Row]:
 
 
 def generation() -> Iterator[Row]:
-    """Tokens per second of a whole model of 130 million parameters, greedy, after 16 tokens.
+    """Tokens per second of whole models of 130 million parameters: 64, greedy, after 16.
 
-    bfloat16. The models of transformers write 32 tokens by `generate`, ours 128 by the same method
-    and, as "step alone", by the replayed step without sampling.
+    bfloat16. "step alone" is the replayed step of ours without the choice of a token. mamba_ssm's
+    writes with its CUDA graph, the Transformer with one, too, that of GPT-NeoX as it comes.
     """
     torch.manual_seed(0)
     model = MambaLM(SMALL).cuda().bfloat16().eval()
     for batch in (1, 8, 32, 128, 512):
         ids = torch.randint(50000, (batch, 16), device="cuda")
-        shape = {"batch": batch}
-
-        def ours(ids=ids) -> Row:
-            return _throughput(lambda n: model.generate(ids, n, temperature=0), ids, 128)
 
         def alone(ids=ids, batch=batch) -> Row:
             step, state = StepGraph(model, batch), model.initial_state(batch)
@@ -465,13 +541,89 @@ def generation() -> Iterator[Row]:
             took, _ = milliseconds(lambda: step(ids[:, 0], state))
             return {"tokens_per_s": 1e3 * batch / took, "ms_per_token": took}
 
-        yield attempt({**shape, "name": "mamba_tutorial"}, ours)
-        yield attempt({**shape, "name": "mamba_tutorial, step alone"}, alone)
-        for name in ("Mamba", "GPTNeoX"):
-            yield attempt(
-                {**shape, "name": f"transformers, {name}"},
-                lambda n=name, i=ids: _throughput(partial(_peer(n), i), i, 32),
-            )
+        candidates = {
+            "mamba_tutorial": lambda: partial(
+                model.generate, max_new_tokens=NEW_TOKENS, temperature=0
+            ),
+            "mamba_ssm, CUDA graph": _official_generate,
+            "transformers, Mamba": partial(_generate_of_transformers, "Mamba"),
+            "Transformer, CUDA graph": partial(_transformer_generate, batch),
+            "transformers, GPTNeoX": partial(_generate_of_transformers, "GPTNeoX"),
+        }
+        yield attempt({"batch": batch, "name": "mamba_tutorial, step alone"}, alone)
+        for name, make in candidates.items():
+            row = {"batch": batch, "name": name}
+            yield attempt(row, lambda m=make, i=ids: _throughput(m(), i))
+
+
+def _throughput(write: Callable[[Tensor], Tensor], ids: Tensor) -> Row:
+    with torch.no_grad():
+        write(ids)  # all of it: cuDNN makes a new plan for every length of a cache that grows
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        written = write(ids)
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    new = written.shape[1] - ids.shape[1]
+    if new != NEW_TOKENS:
+        raise ValueError(f"{new} tokens were written, expected {NEW_TOKENS}")
+    return {"tokens_per_s": len(ids) * new / seconds, "ms_per_token": 1e3 * seconds / new}
+
+
+@lru_cache
+def _official_model() -> torch.nn.Module:
+    """Return the model of mamba_ssm, with its fused norms, of the size of ours."""
+    models = importlib.import_module("mamba_ssm.models.mixer_seq_simple")
+    sizes = importlib.import_module("mamba_ssm.models.config_mamba")
+    config = sizes.MambaConfig(d_model=768, n_layer=24, vocab_size=50280)
+    return models.MambaLMHeadModel(config, device="cuda")
+
+
+def _official_generate() -> Callable[[Tensor], Tensor]:
+    model = copy.deepcopy(_official_model()).bfloat16().eval()
+    return lambda ids: model.generate(ids, ids.shape[1] + NEW_TOKENS, top_k=1, cg=True)
+
+
+@lru_cache
+def _generate_of_transformers(name: str) -> Callable[[Tensor], Tensor]:
+    """Return generate of a model of transformers of the same size."""
+    library = importlib.import_module("transformers")
+    sizes = (
+        {"hidden_size": 768, "num_hidden_layers": 24, "vocab_size": 50280, "state_size": 16}
+        if name == "Mamba"
+        else {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072,
+              "num_attention_heads": 12, "vocab_size": 50304, "tie_word_embeddings": False}
+    )  # fmt: skip
+    config = getattr(library, f"{name}Config")(**sizes)
+    model = getattr(library, f"{name}ForCausalLM")(config).cuda().bfloat16().eval()
+
+    def generate(ids: Tensor) -> Tensor:
+        return model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+
+    return generate
+
+
+def _transformer_generate(batch: int) -> Callable[[Tensor], Tensor]:
+    model = Transformer(SMALL_TRANSFORMER).cuda().bfloat16().eval()
+    _, attention = _quickest_token(model, batch, 16)
+    with only(attention):
+        token = TokenGraph(model, batch, 16 + NEW_TOKENS)
+
+    def generate(ids: Tensor) -> Tensor:
+        state = token.state._replace(length=torch.zeros_like(token.state.length))
+        logits, state = model.prefill(ids, state)
+        token.state.length.copy_(state.length)
+        token.ids.copy_(logits[:, -1].argmax(-1))
+        written = [ids, token.ids[:, None].clone()]
+        for _ in range(NEW_TOKENS - 1):
+            token()
+            written.append(token.ids[:, None].clone())
+        return torch.cat(written, dim=1)
+
+    return generate
 
 
 def contexts() -> Iterator[Row]:
@@ -496,128 +648,110 @@ def contexts() -> Iterator[Row]:
         for context in (1024, 4096, 16384, 65536):
             row = {"name": "Transformer", "batch": batch, "context": context}
             yield attempt(row, partial(_transformer_token, batch, context))
-            torch.cuda.empty_cache()
 
 
-@torch.no_grad()
 def _transformer_token(batch: int, context: int) -> Row:
     """Return the time of a token, by the quickest attention, and the size of the cache."""
-    model = Transformer(batch, context).cuda().bfloat16()
-    ids = torch.randint(50000, (batch,), device="cuda")
+    model = Transformer(SMALL_TRANSFORMER).cuda().bfloat16().eval()
+    took, attention = _quickest_token(model, batch, context)
+    kept = 2 * 2 * 768 * 12 * batch * (context + 1) / 2**20  # keys and values, of two bytes
+    return {"ms_per_token": took, "attention": attention, "kept_mib": kept}
+
+
+def _quickest_token(model: Transformer, batch: int, context: int) -> tuple[float, str]:
+    """Return the time of a token after `context` others, and the attention that needs the least."""
     times = {}
     for kind in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
         try:
-            with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, kind)):
-                times[kind] = milliseconds(lambda: model(ids))[0]
+            with only(kind):
+                times[kind] = TokenGraph(model, batch, context + 1).milliseconds(context)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except RuntimeError:  # a backend that cannot do this
             continue
     best = min(times, key=times.get)
-    return {"ms_per_token": times[best], "attention": best, "kept_mib": model.cache.nbytes / 2**20}
+    return times[best], best
 
 
-class Transformer(torch.nn.Module):
-    """A Transformer of the size of mamba-130m, for one token after a context of fixed length."""
-
-    def __init__(self, batch: int, context: int, layers: int = 12, width: int = 768):
-        super().__init__()
-        self.width, self.heads = width, width // 64
-        self.embedding = torch.nn.Embedding(50280, width)
-        self.norm = torch.nn.RMSNorm(width)
-        sizes = {"qkv": (width, 3), "out": (width, 1), "up": (width, 4)}
-        self.layers = torch.nn.ModuleList(
-            torch.nn.ModuleDict(
-                {name: torch.nn.Linear(n, k * n, bias=False) for name, (n, k) in sizes.items()}
-                | {"down": torch.nn.Linear(4 * width, width, bias=False)}
-                | {"first": torch.nn.RMSNorm(width), "second": torch.nn.RMSNorm(width)}
-            )
-            for _ in range(layers)
-        )
-        shape = layers, 2, batch, self.heads, context + 1, 64
-        self.register_buffer("cache", torch.randn(shape, dtype=torch.bfloat16, device="cuda"))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return the logits of the next token; ids (batch,)."""
-        u = self.embedding(ids)[:, None]
-        for layer, (keys, values) in zip(self.layers, self.cache.unbind(0), strict=True):
-            q, k, v = (
-                part.unflatten(-1, (self.heads, 64)).transpose(1, 2)
-                for part in layer["qkv"](layer["first"](u)).chunk(3, dim=-1)
-            )
-            keys[:, :, -1:], values[:, :, -1:] = k, v
-            y = F.scaled_dot_product_attention(q, keys, values)
-            u = u + layer["out"](y.transpose(1, 2).flatten(2))
-            u = u + layer["down"](F.gelu(layer["up"](layer["second"](u))))
-        return self.norm(u[:, 0]) @ self.embedding.weight.T
+def only(kind: str) -> AbstractContextManager:
+    """Let PyTorch compute attention in this way alone."""
+    return torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, kind))
 
 
-_PEERS: dict[str, Callable] = {}
+class TokenGraph:
+    """The most probable next token of a Transformer, chosen again and again by one CUDA graph."""
 
+    @torch.no_grad()
+    def __init__(self, model: Transformer, batch: int, room: int):
+        self.state = model.initial_state(batch, room)
+        self.ids = torch.zeros(batch, dtype=torch.long, device="cuda")
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            model.step(self.ids, self.state)
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            logits, after = model.step(self.ids, self.state)
+            self.ids.copy_(logits.argmax(-1))
+            self.state.length.copy_(after.length)
 
-def _peer(name: str) -> Callable:
-    """Return generate of a model of transformers of the same size, made once."""
-    if name not in _PEERS:
-        library = importlib.import_module("transformers")
-        sizes = (
-            {"hidden_size": 768, "num_hidden_layers": 24, "vocab_size": 50280, "state_size": 16}
-            if name == "Mamba"
-            else {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072,
-                  "num_attention_heads": 12, "vocab_size": 50304, "tie_word_embeddings": False}
-        )  # fmt: skip
-        config = getattr(library, f"{name}Config")(**sizes)
-        model = getattr(library, f"{name}ForCausalLM")(config).cuda().bfloat16().eval()
+    def __call__(self) -> None:
+        """Replace the ids by those that follow them."""
+        self.graph.replay()
 
-        def generate(ids: Tensor, count: int) -> Tensor:
-            return model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=count,
-                min_new_tokens=count, do_sample=False, pad_token_id=0,
-            )  # fmt: skip
+    def milliseconds(self, context: int) -> float:
+        """Return the time of a token after so many others."""
 
-        _PEERS[name] = generate
-    return _PEERS[name]
+        def token() -> None:
+            self.state.length.fill_(context)
+            self.graph.replay()
 
-
-def _throughput(write: Callable[[int], Tensor], ids: Tensor, count: int) -> Row:
-    with torch.no_grad():
-        write(count)  # all of it: cuDNN makes a new plan for every length of a cache that grows
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        written = write(count)
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    new = written.shape[1] - ids.shape[1]
-    return {"tokens_per_s": len(ids) * new / seconds, "ms_per_token": 1e3 * seconds / new}
+        triton = importlib.import_module("triton")
+        return triton.testing.do_bench(token, warmup=25, rep=60, return_mode="median")
 
 
 # training
 
 
 def training() -> Iterator[Row]:
-    """One step, forward and backward, of the model of 130 million parameters, bfloat16 autocast."""
+    """One step, forward and backward, of models of 130 million parameters, bfloat16 autocast.
+
+    The Transformer has 12 layers of the same width; "compiled": each layer by `torch.compile`.
+    """
     for batch, length in ((8, 1024), (8, 2048), (1, 16384)):
         ids = torch.randint(50000, (batch, length), device="cuda")
-        shape = {"batch": batch, "length": length}
-
-        def ours(ids=ids) -> Row:
-            torch.manual_seed(0)
-            return _step(MambaLM(SMALL).cuda(), ids, lambda model: model(ids))
-
-        def peer(ids=ids) -> Row:
-            library = importlib.import_module("transformers")
-            config = library.MambaConfig(hidden_size=768, num_hidden_layers=24, vocab_size=50280)
-            model = library.MambaForCausalLM(config).cuda()
-            return _step(model, ids, lambda model: model(ids).logits)
-
-        yield attempt({**shape, "name": "mamba_tutorial"}, ours)
-        if batch * length <= 8192:
-            yield attempt({**shape, "name": "transformers, Mamba"}, peer)
+        for name, make in {
+            "mamba_tutorial": lambda: MambaLM(SMALL).cuda(),
+            "mamba_tutorial, compiled": lambda: _compiled(MambaLM(SMALL).cuda()),
+            "mamba_ssm": lambda: copy.deepcopy(_official_model()),
+            "transformers, Mamba": _mamba_of_transformers,
+            "Transformer": lambda: Transformer(SMALL_TRANSFORMER).cuda(),
+            "Transformer, compiled": lambda: _compiled(Transformer(SMALL_TRANSFORMER).cuda()),
+        }.items():
+            row = {"batch": batch, "length": length, "name": name}
+            yield attempt(row, lambda make=make, ids=ids: _step(make(), ids))
 
 
-def _step(model: torch.nn.Module, ids: Tensor, logits: Callable) -> Row:
+def _compiled(model: torch.nn.Module) -> torch.nn.Module:
+    for layer in model.layers:
+        layer.compile(fullgraph=True, dynamic=False)
+    return model
+
+
+def _mamba_of_transformers() -> torch.nn.Module:
+    library = importlib.import_module("transformers")
+    config = library.MambaConfig(hidden_size=768, num_hidden_layers=24, vocab_size=50280)
+    return library.MambaForCausalLM(config).cuda()
+
+
+def _step(model: torch.nn.Module, ids: Tensor) -> Row:
     model.train()
 
-    def run() -> object:
+    def run() -> None:
         with torch.autocast("cuda", torch.bfloat16):
-            found = logits(model)
+            found = model(ids)
+        found = getattr(found, "logits", found)
         F.cross_entropy(found[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
         model.zero_grad(set_to_none=True)
 
@@ -682,6 +816,7 @@ SECTIONS = {
     for section in (
         recurrence,
         selective,
+        sweep,
         lessons,
         attention,
         decode,

@@ -160,6 +160,7 @@ def patched_transformers() -> Iterator[None]:
         for name, ours in (
             ("mamba_selective_scan", _scan_of_transformers),
             ("mamba_selective_state_update", _step_of_transformers),
+            ("mamba_inner_fn", _not_all_at_once),
         ):
             if not hasattr(where, name):
                 version = importlib.import_module("transformers").__version__
@@ -170,6 +171,10 @@ def patched_transformers() -> Iterator[None]:
 
 def _scan_of_transformers(*given, use_mambapy=False, use_associative_scan=False, **options):
     return selective_scan_fn(*given, **options)
+
+
+def _not_all_at_once(*given, **options) -> None:
+    """Say that there is no function for the whole block, which mamba_ssm's would be in training."""
 
 
 def _step_of_transformers(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus) -> Tensor:

@@ -12,8 +12,8 @@ which takes a state and returns one), and token by token (`step`).
 
 import math
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -31,14 +31,19 @@ from mamba_tutorial._check import (
     check_ids_axes,
     check_input,
     check_is_tensor,
-    check_least,
     check_length,
     check_memory,
     check_number,
     check_room,
     check_shape,
-    precise,
     wide,
+)
+from mamba_tutorial.generation import (
+    check_sampling,
+    end_tokens,
+    lent_graph,
+    repeated_less,
+    sample,
 )
 from mamba_tutorial.ops import register, vjp
 from mamba_tutorial.selective import SelectiveSSM
@@ -529,10 +534,10 @@ class MambaLM(nn.Module):
         have ended, so does the stream.
         """
         max_new_tokens = check_length(max_new_tokens, name="max_new_tokens")
-        _check_sampling(temperature, top_k, top_p, generator, min_p)
+        check_sampling(temperature, top_k, top_p, generator, min_p)
         check_number("repetition_penalty", repetition_penalty, above=0)
         check_ids_axes(ids, (2,))
-        ends = _ends(eos, self.config.vocab_size, ids.device)
+        ends = end_tokens(eos, self.config.vocab_size, ids.device)
         seen = None
         if repetition_penalty != 1:
             ids = self._check_ids(ids, (2,))
@@ -541,22 +546,21 @@ class MambaLM(nn.Module):
         state = self.initial_state(len(ids)) if state is None else state
         logits, state = self(ids, state, last=True)
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        advance = self
-        if ids.is_cuda and max_new_tokens > 1 and not torch.is_autocast_enabled("cuda"):
-            advance = StepGraph(self, len(ids))
-        for count in range(max_new_tokens):
-            if seen is not None:
-                logits = _repeated_less(logits, seen, repetition_penalty)
-            token = sample(logits, temperature, top_k, top_p, generator, min_p)
-            if ends is not None:
-                token = torch.where(ended, ends[0], token)
-                ended |= torch.isin(token, ends)
-            yield token
-            if count == max_new_tokens - 1 or (ends is not None and ended.all()):
-                return
-            if seen is not None:
-                seen.scatter_(1, token[:, None], value=True)
-            logits, state = advance(token, state)
+        graphed = ids.is_cuda and max_new_tokens > 1 and not torch.is_autocast_enabled("cuda")
+        with lent_graph(self, len(ids)) if graphed else nullcontext(self) as advance:
+            for count in range(max_new_tokens):
+                if seen is not None:
+                    logits = repeated_less(logits, seen, repetition_penalty)
+                token = sample(logits, temperature, top_k, top_p, generator, min_p)
+                if ends is not None:
+                    token = torch.where(ended, ends[0], token)
+                    ended |= torch.isin(token, ends)
+                yield token
+                if count == max_new_tokens - 1 or (ends is not None and ended.all()):
+                    return
+                if seen is not None:
+                    seen.scatter_(1, token[:, None], value=True)
+                logits, state = advance(token, state)
 
     def generate(
         self,
@@ -590,6 +594,9 @@ class MambaLM(nn.Module):
         Returns:
             (batch, length + new): the prompts and what follows. Fewer than max_new_tokens are new
             if every sequence ended before.
+
+        On a GPU the steps are a CUDA graph (`StepGraph`). It stays for the next call, with the room
+        of one state, until the model goes or changes.
 
         Raises:
             TypeError, ValueError: as `forward`; or an argument is out of its range.
@@ -663,129 +670,6 @@ class MambaLM(nn.Module):
         if self.config.tie_embeddings:
             return F.linear(u, self.embedding.weight[:count])
         return self.lm_head(u)[..., :count]
-
-
-class StepGraph:
-    """`MambaLM.step` on a GPU as one CUDA graph: recorded once, then replayed.
-
-    A step is many small kernels for each layer, and each runs for a few microseconds. To start
-    them one by one from Python takes longer than to run them. Recorded, they start all at once.
-
-    A graph reads and writes fixed places in memory. So the logits and the state that a call returns
-    are overwritten by the next, ids are not checked, and the model's parameters must stay where
-    they are.
-
-    Args:
-        model: on a GPU.
-        batch: the number of sequences.
-
-    Raises:
-        ValueError: the model is not on a GPU.
-    """
-
-    @torch.no_grad()
-    def __init__(self, model: MambaLM, batch: int):
-        device = model.embedding.weight.device
-        if device.type != "cuda":
-            raise ValueError(f"model is on {device}, expected a GPU")
-        self.ids = torch.zeros(batch, dtype=torch.long, device=device)
-        self.state = model.initial_state(batch)
-        aside = torch.cuda.Stream(device)
-        aside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(aside):  # kernels are compiled and libraries set up beforehand
-            for _ in range(2):
-                model._logits(model._run(self.ids, self.state)[0])
-        torch.cuda.current_stream(device).wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            u, after = model._run(self.ids, self.state)
-            self.logits = model._logits(u)
-            self._copy(after)
-
-    def __call__(
-        self, ids: Int[Tensor, " batch"], state: State
-    ) -> tuple[Float[Tensor, "batch vocab_size"], State]:
-        """Read one token of each sequence; see `MambaLM.step`."""
-        self.ids.copy_(ids)
-        if state is not self.state:
-            self._copy(state)
-        self.graph.replay()
-        return self.logits, self.state
-
-    def _copy(self, state: State) -> None:
-        """Write a state where the graph reads it."""
-        torch._foreach_copy_([*chain.from_iterable(self.state)], [*chain.from_iterable(state)])
-
-
-def sample(
-    logits: Float[Tensor, "batch vocab_size"],
-    temperature: float | int = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-    min_p: float | None = None,
-) -> Int[Tensor, " batch"]:
-    """Draw a token for each row of logits; the arguments are those of `MambaLM.generate`."""
-    _check_sampling(temperature, top_k, top_p, generator, min_p)
-    check_is_tensor("logits", logits)
-    if not logits.is_floating_point():
-        raise TypeError(f"logits has dtype {logits.dtype}, expected a floating one")
-    check_shape("logits", logits, "batch vocab_size")
-    check_length(logits.shape[1], name="the number of tokens of logits")
-    if not logits.is_cuda:  # on a GPU the look would wait for the model
-        check_least("logits", logits, logits < math.inf, "numbers, and no NaN")
-    if temperature == 0:
-        return logits.argmax(-1)
-    # the largest is taken away first: it may be large, and the temperature very small
-    values, tokens = precise(logits).sort(dim=-1, descending=True)
-    probabilities = ((values - values[:, :1]) / temperature).softmax(-1).float()
-    if top_k is not None:
-        probabilities[:, min(top_k, logits.shape[1]) :] = 0
-    if min_p is not None:
-        probabilities[probabilities < min_p * probabilities[:, :1]] = 0
-    if top_p is not None:  # drop a token if those before it hold enough
-        share = probabilities / probabilities.sum(-1, keepdim=True)
-        probabilities[share.cumsum(-1) - share >= top_p] = 0
-    if len(logits) == 0:
-        return tokens[:, 0]
-    return tokens.gather(1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(1)
-
-
-def _check_sampling(
-    temperature: float | int,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
-    min_p: float | None,
-) -> None:
-    check_number("temperature", temperature, least=0)
-    if min_p is not None:
-        check_number("min_p", min_p, least=0, most=1)
-    if top_k is not None:
-        check_length(top_k, name="top_k")
-    if top_p is not None:
-        check_number("top_p", top_p, above=0, most=1)
-    if not isinstance(generator, torch.Generator | None):
-        given = type(generator).__name__
-        raise TypeError(f"generator is a {given}, expected a torch.Generator or None")
-
-
-def _ends(
-    eos: int | Collection[int] | None, vocab_size: int, device: torch.device
-) -> Tensor | None:
-    """Check the tokens that end a sequence, and return them as a tensor; None if there are none."""
-    if eos is None:
-        return None
-    several = isinstance(eos, Collection) and not isinstance(eos, str | bytes | Tensor)
-    found = [check_length(one, name="eos", least=0) for one in (eos if several else [eos])]
-    if not found or max(found) >= vocab_size:
-        needed = f"expected token ids below {vocab_size}"
-        raise ValueError(f"eos is {eos}, {needed}")
-    return torch.tensor(found, device=device)
-
-
-def _repeated_less(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def _check_state(state: State, blocks: int) -> None:

@@ -37,8 +37,8 @@ from mamba_tutorial._check import HAS_TRITON, installed
 from mamba_tutorial.attention import Transformer, TransformerConfig, alibi_slopes, rotary
 from mamba_tutorial.compat import selective_scan_fn
 from mamba_tutorial.discretize import exprel, exprel_slope, matrix_exp_and_exprel
+from mamba_tutorial.generation import sample
 from mamba_tutorial.hippo import basis, dplr, hippo_fourier, hippo_legt, nplr, online_memory
-from mamba_tutorial.mamba import sample
 from mamba_tutorial.s4 import diagonal_init, diagonal_kernel, dplr_kernel, truncate
 from mamba_tutorial.scan import ALGORITHMS, trace
 from mamba_tutorial.selective import inverse_softplus

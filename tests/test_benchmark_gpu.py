@@ -34,10 +34,17 @@ def test_the_candidates_compute_the_same():
     A = -torch.arange(1.0, 17).repeat(3, 1)
     D, bias = torch.randn(2, 3, generator=generator).unbind(0)
     given = [x, dt, A, B, C, D, z, bias]
-    exact = benchmark_gpu._exact(given)
-    assert benchmark_gpu.relative(benchmark_gpu.unfused_scan(*given)[:1], exact) < 1e-5
+    upstream = torch.randn(2, 20, 3, generator=generator)
+    exact = benchmark_gpu.exact_scan(given, upstream)
+    candidates = [benchmark_gpu.unfused_scan]
     if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
-        assert benchmark_gpu.relative(benchmark_gpu.ours_scan(*given)[:1], exact) < 1e-5
+        candidates.append(benchmark_gpu.ours_scan)
+    for scan in candidates:
+        leaves = [tensor.detach().requires_grad_() for tensor in given]
+        y = scan(*leaves)
+        found = y, *torch.autograd.grad(y, leaves, upstream)
+        for value, right in zip(found, exact, strict=True):
+            assert benchmark_gpu.relative(value, right) < 1e-5
 
 
 def test_a_wrong_candidate_is_not_timed():

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from mamba_tutorial import benchmark_gpu
+from mamba_tutorial.generation import StepGraph
 from mamba_tutorial.kernels import cpu
-from mamba_tutorial.mamba import MambaConfig, MambaLM, StepGraph
+from mamba_tutorial.mamba import MambaConfig, MambaLM
 from mamba_tutorial.ops import OPERATORS
 from mamba_tutorial.scan import linear_scan
 from mamba_tutorial.selective import selective_scan, selective_step

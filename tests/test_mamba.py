@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mamba_tutorial.mamba import BlockState, MambaBlock, MambaConfig, MambaLM, StepGraph, sample
+from mamba_tutorial.generation import sample
+from mamba_tutorial.mamba import BlockState, MambaBlock, MambaConfig, MambaLM
 from mamba_tutorial.selective import selective_scan
 from mamba_tutorial.training import parameter_groups
 
@@ -368,8 +369,3 @@ def test_a_state_of_something_else_is_named():
 def test_bad_config_is_named(field):
     with pytest.raises(ValueError, match=f"{field} is 0"):
         MambaConfig(**SMALL | {field: 0})
-
-
-def test_a_step_graph_wants_a_gpu():
-    with pytest.raises(ValueError, match="model is on cpu, expected a GPU"):
-        StepGraph(MambaLM(MambaConfig(d_model=8, n_layer=1, vocab_size=5)), 1)
