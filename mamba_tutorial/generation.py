@@ -83,7 +83,7 @@ _IDLE: WeakKeyDictionary[nn.Module, tuple[list, StepGraph]] = WeakKeyDictionary(
 
 @contextmanager
 def lent_graph(model: nn.Module, batch: int) -> Iterator[StepGraph]:
-    """Lend the graph of the call before, if it would be recorded the same way again; else a new one.
+    """Lend the graph of the call before, if it would be recorded the same again; else a new one.
 
     To record one, the step is run three times, kernel by kernel, which short texts would notice.
     Nobody else gets a graph that is lent.
