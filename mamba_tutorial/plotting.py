@@ -138,8 +138,41 @@ def curves(
         if 1 < len(lines) < 4:
             ax.legend()
         elif len(lines) > 3:
-            _legend_below(ax, columns=2 if len(panels) > 1 else 4 - len(lines) % 2)
+            columns = 2 if len(panels) > 1 else 4 if len(lines) == 4 else 3
+            _legend_below(ax, columns)
     axes[0].set_ylabel(ylabel)
+    return figure
+
+
+def points(
+    panels: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    mark: float,
+    height: float = 3.3,
+) -> Figure:
+    """Draw panels of labelled points side by side, both axes logarithmic, the y axis shared.
+
+    Args:
+        panels: for each panel its title and its points, {title: {label: (x, y)}}.
+        xlabel: label of the x axes.
+        ylabel: label of the first y axis.
+        mark: where on the y axes to draw a dashed line.
+        height: height of the picture in inches.
+    """
+    figure, axes = _subplots(height, columns=len(panels), sharey=True)
+    for ax, (title, groups) in zip(axes, panels.items(), strict=True):
+        for (label, (x, y)), marker in zip(groups.items(), "osD^v" * 3, strict=False):
+            ax.plot(x, y, marker, label=label, ms=5, alpha=0.85)
+        ax.axhline(mark, color=INK, linestyle="--", linewidth=1)
+        ax.set(title=title, xlabel=xlabel, xscale="log", yscale="log")
+        ticks = [tick for tick in (0.5, 1, 2, 3, 4, 6) if tick > ax.get_ylim()[0]]
+        ax.set_yticks(ticks, [f"{tick:g}×" for tick in ticks])
+        ax.minorticks_off()
+        ax.xaxis.set_major_formatter("{x:g}")
+    axes[0].set_ylabel(ylabel)
+    axes[-1].legend(loc="lower right")
     return figure
 
 
@@ -718,7 +751,7 @@ def bars(
         height: height of the picture in inches; by default what the bars need.
     """
     labels = list(dict.fromkeys(label for group in groups.values() for label in group))
-    colors = dict(zip(labels, [BLUE, ORANGE, TEAL, PLUM, GREY] * 3, strict=False))
+    colors = dict(zip(labels, [BLUE, ORANGE, TEAL, PLUM, GREY, INK] * 3, strict=False))
     places, ticks, y = [], {}, 0.0
     for name, group in groups.items():
         ticks[name] = y + (len(group) - 1) / 2
@@ -739,7 +772,8 @@ def bars(
     ax.tick_params(axis="y", length=0)
     ax.margins(x=0.1)
     if len(labels) > 1:
-        ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(labels))
+        columns = len(labels) if len(labels) < 5 else 3
+        ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=columns)
     return figure
 
 

@@ -24,6 +24,12 @@ PICTURES = {
         markers=True,
         mark=0.5,
     ),
+    "points": lambda: plotting.points(
+        {"a": {"u": (T + 1, T + 1), "v": (T[1:], 1 / T[1:])}, "b": {"u": (T + 1, T + 2)}},
+        xlabel="x",
+        ylabel="y",
+        mark=1.0,
+    ),
     "matrices": lambda: plotting.matrices({"a": np.eye(3), "b": -np.eye(2)}, bar=True),
     "images": lambda: plotting.images({"a": np.eye(3), "b": np.eye(3)}, T, "pixel"),
     "maze": lambda: plotting.maze(

@@ -191,6 +191,21 @@ def test_what_the_readme_says_of_the_gpu_is_recorded():
     assert "forward alone at least twice as fast at seven of them" in README
 
 
+def test_what_the_readme_says_of_other_sizes_is_recorded():
+    rows = json.loads((ROOT / "book/results/gpu_sweep.json").read_text())["results"]
+
+    def faster(row):
+        return all(row[f"ours_{key}"] < row[f"official_{key}"] for key in ("forward_ms", "both_ms"))
+
+    assert f"At {sum(map(faster, rows))} of {len(rows)} other sizes" in README
+    assert max(row["ours_forward_ms"] for row in rows if not faster(row)) < 0.031
+    assert "slower where all is over in some 20 microseconds" in README
+    memory = {row["d_state"]: row["ours_peak_mib"] / row["official_peak_mib"] for row in rows}
+    assert max(memory, key=memory.get) == 128
+    assert 4 < memory[128] < 4.5
+    assert "64 states or more cost it up to four times the memory" in README
+
+
 @pytest.mark.parametrize(
     ("seconds", "slower", "fails"), [(59, 1, 0), (61, 1, 1), (80, 1.4, 0), (91, 3, 1)]
 )
