@@ -172,7 +172,8 @@ def points(
         ax.minorticks_off()
         ax.xaxis.set_major_formatter("{x:g}")
     axes[0].set_ylabel(ylabel)
-    axes[-1].legend(loc="lower right")
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(handles[0]))
     return figure
 
 
