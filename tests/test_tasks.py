@@ -146,3 +146,16 @@ def test_next_token_is_the_text_moved_by_one():
     assert set(whole[:, 0].tolist()) == {0, 1}  # every place can come first, the last one too
     with pytest.raises(ValueError, match="tokens has length 20, expected more than 20"):
         next_token(1, torch.Generator(), tokens=tokens[:20], length=20)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, torch.rand(2)])
+def test_without_a_generator_nothing_is_drawn(wrong):
+    for task, sizes in (
+        (copying, {"data": 2, "noise": 3}),
+        (induction_heads, {"length": 5}),
+        (associative_recall, {"length": 8, "pairs": 2}),
+        (parity, {"length": 5}),
+        (next_token, {"tokens": torch.arange(9), "length": 5}),
+    ):
+        with pytest.raises(TypeError, match="generator"):
+            task(2, wrong, **sizes)
