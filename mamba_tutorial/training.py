@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mamba_tutorial._check import check_length, check_number, precise
+from mamba_tutorial._check import check_flag, check_length, check_number, precise
 from mamba_tutorial.tasks import IGNORE
 
 if os.name == "nt":
@@ -82,6 +82,7 @@ def train(
     every: int = 100,
     stop_at: float = float("inf"),
     checkpoint: str | Path | None = None,
+    graph: bool = False,
     name: str = "training",
 ) -> Record:
     """Train a model with AdamW, a warm-up and a cosine; return the record of the run.
@@ -100,10 +101,14 @@ def train(
         stop_at: stop early once the score reaches this.
         checkpoint: a file. Written every `every` steps, when interrupted, and at the end; read at
             the start if it is there. A lock beside it keeps other runs away from it meanwhile.
+        graph: record the first step as a CUDA graph and replay it. On a GPU that spares small
+            models the starting of kernels one by one, which takes longer than they run. All batches
+            must have one shape and lie on the GPU, as the model does.
         name: what the progress bar and the record call the run.
 
     With a checkpoint, a copy of the model and of the optimizer's moments is kept in memory, so that
-    a step that is interrupted can be undone.
+    a step that is interrupted can be undone. With `graph` the copy is made every `every` steps, and
+    an interrupted run goes back to the last one.
 
     Raises:
         TypeError, ValueError: an argument is of another kind or outside its range; the model is in
@@ -114,19 +119,18 @@ def train(
         OSError: the checkpoint cannot be written.
     """
     steps, every = check_length(steps, name="steps"), check_length(every, name="every")
-    _check_arguments(model, batches, evaluate, stop_at, name)
+    _check_arguments(model, batches, evaluate, stop_at, graph, name)
     settings = {
         "steps": steps,
         "lr": float(check_number("lr", lr, least=0)),
         "weight_decay": float(check_number("weight_decay", weight_decay, least=0)),
         "seed": check_number("seed", check_length(seed, name="seed", least=-(2**63)), below=2**64),
     }
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings["weight_decay"]), settings["lr"])
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _one_cycle(steps))
+    optimizer = _optimizer(model, settings, graph)
     record = Record(name, settings, sum(p.numel() for p in model.parameters()))
     record.environment = environment()
     path = None if checkpoint is None else _place("checkpoint", checkpoint)
-    run = _Run(model, optimizer, schedule, torch.Generator(), record, path)
+    run = _Run(model, optimizer, torch.Generator(), record, path, _GraphedStep() if graph else None)
     with nullcontext() if path is None else _alone(path):
         run.begin()
         bar = tqdm(total=steps, initial=len(record.losses), desc=name, **_bar_settings())
@@ -155,7 +159,7 @@ def accuracy(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
     logits = model(inputs)
     targets, scored, outside = _targets(logits, targets)
     if outside.any() or not scored.any():
-        raise _wrong_targets(logits, targets, outside)
+        raise _wrong_targets(logits.shape[-1], targets, outside)
     return precise((logits.argmax(-1) == targets)[scored]).mean().item()
 
 
@@ -198,8 +202,9 @@ class _Run:
     """All that changes while a model trains, so that it can be saved and restored together.
 
     A step, and an evaluation, happens as a whole or not at all. `kept` is the state before the one
-    that is going on, for `undo`; it is None between two of them. The optimizer's learning rate and
-    the schedule follow from the number of losses, so they are set anew rather than saved.
+    that is going on, for `undo`; it is None between two of them. (Where steps are replayed, it is
+    the state at the last milestone, since to copy it would take longer than a step.) The learning
+    rate follows from the number of losses, so it is set anew rather than saved.
 
     An exception can come from anywhere in a step: a handler of signals, a hook, the optimizer. So
     the state is copied before each step, into `room` where an earlier copy was: taking new memory
@@ -208,10 +213,10 @@ class _Run:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LambdaLR
     generator: torch.Generator
     record: Record
     path: Path | None
+    graphed: "_GraphedStep | None" = None
     kept: dict | None = None
     room: dict = field(default_factory=dict)
 
@@ -225,38 +230,64 @@ class _Run:
             self.record.scores = saved["record"]["scores"]
             self.record.seconds = saved["record"]["seconds"]
             self.restore(saved)
+        if self.graphed is not None:
+            self.keep()
 
     @torch.enable_grad()  # an interruption at the wrong place leaves no_grad() on
     def update(self, batches: Batches) -> float:
         start = time.perf_counter()
-        self.keep()
+        if self.graphed is None:
+            self.keep()
         inputs, targets = _pair(batches(self.generator))
-        loss, value = self.loss(inputs, targets)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.schedule.step()
+        self.set_rate()
+        value = (self.graphed or _Run.step)(self, inputs, targets)
         self.record.seconds += time.perf_counter() - start
         self.record.losses.append(value)
-        self.kept = None
+        if self.graphed is None:
+            self.kept = None
         return value
 
-    def loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, float]:
-        """The loss, and its value if all is well with it and with the targets."""
+    def step(self, inputs: Tensor, targets: Tensor) -> float:
+        loss, flags, given = self.loss(inputs, targets)
+        value = self.judged(flags, given)
+        self.descend(loss)
+        return value
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, tuple]:
+        """The loss; flags that say whether all is well; and what was wrong with targets if not."""
         logits = self.model(inputs)
         targets, scored, outside = _targets(logits, targets)
-        # A GPU is waited for once, here; and it would stop for good at a target outside.
+        # A GPU is waited for once, in `judged`; and it would stop for good at a target outside.
         inside = targets.masked_fill(outside, IGNORE).flatten()
         flat = logits.reshape(-1, logits.shape[-1])
         loss = F.cross_entropy(flat, inside, ignore_index=IGNORE)
-        flags = [loss.detach(), scored.any(), outside.any()]
-        value, any_scored, any_outside = torch.stack(flags).tolist()
+        flags = torch.stack([loss.detach(), scored.any(), outside.any()])
+        return loss, flags, (logits.shape[-1], targets, outside)
+
+    def judged(self, flags: Tensor, given: tuple[int, Tensor, Tensor]) -> float:
+        """The value of the loss if all is well with it and with the targets."""
+        value, any_scored, any_outside = flags.tolist()
         if any_outside or not any_scored:
-            raise _wrong_targets(logits, targets, outside)
+            raise _wrong_targets(*given)
         if not math.isfinite(value):
             step = len(self.record.losses) + 1
             raise ValueError(f"the loss is {value} at step {step}; try a smaller lr")
-        return loss, value
+        return value
+
+    def descend(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def set_rate(self) -> None:
+        """Set the learning rate of the step that comes, where a graph reads it in its place."""
+        settings = self.record.settings
+        rate = settings["lr"] * _one_cycle(settings["steps"])(len(self.record.losses))
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def milestone(self, evaluate: Callable[[nn.Module], float] | None, every: int) -> None:
         """Every `every` steps and at the end: a score, if there is none yet, and a checkpoint."""
@@ -267,6 +298,8 @@ class _Run:
         if evaluate is not None and not scored:
             self.score(evaluate)
         self.save()
+        if self.graphed is not None:
+            self.keep()
 
     def score(self, evaluate: Callable[[nn.Module], float]) -> None:
         self.keep()
@@ -300,13 +333,13 @@ class _Run:
         self.optimizer.state.clear()
         for name, parameter in self.model.named_parameters():
             for key, value in state["optimizer"].get(name, {}).items():
-                device = "cpu" if key == "step" else parameter.device
+                on_cpu = key == "step" and self.graphed is None
+                device = "cpu" if on_cpu else parameter.device
                 self.optimizer.state[parameter][key] = value.to(device)
-        done, settings = len(self.record.losses), self.record.settings
-        self.schedule.last_epoch = done
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings["lr"] * _one_cycle(settings["steps"])(done)
         self.generator.set_state(state["generator"])
+        self.restore_random(state)
+
+    def restore_random(self, state: dict) -> None:
         torch.set_rng_state(state["random"])
         for gpu, random in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
             torch.cuda.set_rng_state(random, gpu)
@@ -371,8 +404,73 @@ class _Run:
             _check_generator(f"cuda of {where}", state, f"cuda:{gpu}")
 
 
+class _GraphedStep:
+    """`_Run.step` as a CUDA graph: recorded at the first batch, then replayed.
+
+    A graph reads and writes fixed places, so batches are copied to where it reads them. The step is
+    over before its loss can be looked at.
+    """
+
+    graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, run: _Run, inputs: Tensor, targets: Tensor) -> float:
+        """Make a step with this batch; return its loss."""
+        if self.graph is None:
+            self.record(run, inputs, targets)
+        for place, given in zip(self.places, (inputs, targets), strict=True):
+            if given.shape != place.shape:
+                shapes = f"{tuple(given.shape)} after {tuple(place.shape)}"
+                raise ValueError(f"batches returned shape {shapes}, expected one shape for a graph")
+            place.copy_(given)
+        self.graph.replay()
+        return run.judged(self.flags, self.given)
+
+    def record(self, run: _Run, inputs: Tensor, targets: Tensor) -> None:
+        """Record a step. What the steps before it change, as they must be run, is undone."""
+        self.places = inputs.clone(), targets.clone()
+        before = _copy(run.state(), {})
+
+        def step() -> tuple[Tensor, tuple]:
+            loss, flags, given = run.loss(*self.places)
+            run.descend(loss)
+            return flags, given
+
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # kernels are compiled and libraries set up beforehand
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.flags, self.given = step()
+        self.graph = graph
+        run.model.load_state_dict(before["model"])
+        for name, parameter in run.model.named_parameters():
+            for key, value in run.optimizer.state.get(parameter, {}).items():
+                known = before["optimizer"].get(name, {})
+                value.copy_(known[key]) if key in known else value.zero_()
+        run.restore_random(before)
+
+
+def _optimizer(model: nn.Module, settings: dict, graph: bool) -> torch.optim.Optimizer:
+    """Return AdamW; for a graph, with all that changes from step to step on the GPU."""
+    groups = parameter_groups(model, settings["weight_decay"])
+    if not graph:
+        return torch.optim.AdamW(groups, settings["lr"])
+    device = next(model.parameters()).device
+    for group in groups:
+        group["lr"] = torch.tensor(settings["lr"], device=device)
+    return torch.optim.AdamW(groups, capturable=True)
+
+
 def _check_arguments(
-    model: nn.Module, batches: Batches, evaluate: Callable | None, stop_at: float, name: str
+    model: nn.Module,
+    batches: Batches,
+    evaluate: Callable | None,
+    stop_at: float,
+    graph: bool,
+    name: str,
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {_kind(model)}, expected a torch.nn.Module")
@@ -384,6 +482,8 @@ def _check_arguments(
         raise TypeError(f"evaluate is {_kind(evaluate)}, expected a function or None")
     if stop_at != math.inf:
         check_number("stop_at", stop_at)
+    if check_flag("graph", graph) and not all(p.is_cuda for p in model.parameters()):
+        raise ValueError("graph is True and the model not on a GPU, expected it there")
     if not isinstance(name, str):
         raise TypeError(f"name is {_kind(name)}, expected a string")
 
@@ -425,10 +525,10 @@ def _targets(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return targets, scored, scored & ((targets < 0) | (targets >= logits.shape[-1]))
 
 
-def _wrong_targets(logits: Tensor, targets: Tensor, outside: Tensor) -> ValueError:
+def _wrong_targets(classes: int, targets: Tensor, outside: Tensor) -> ValueError:
     if outside.any():
         given = targets[outside][0].item()
-        needed = f"expected classes 0 to {logits.shape[-1] - 1}, or {IGNORE} for no score"
+        needed = f"expected classes 0 to {classes - 1}, or {IGNORE} for no score"
         return ValueError(f"targets hold {given}, {needed}")
     given = tuple(targets.shape)
     return ValueError(f"targets of shape {given} are all {IGNORE}, expected some that are scored")

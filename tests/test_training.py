@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from mamba_tutorial import training
 from mamba_tutorial.s4 import S4, S4D
 from mamba_tutorial.selective import SelectiveSSM
 from mamba_tutorial.tasks import IGNORE
@@ -182,20 +183,19 @@ def test_an_interruption_keeps_the_steps_that_were_done(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("owner", "last"),
-    [(torch.optim.AdamW, 3), (torch.optim.lr_scheduler.LambdaLR, 4)],  # which has an initial step
+    ("owner", "method"), [(torch.optim.AdamW, "step"), (training._Run, "set_rate")]
 )
-def test_an_interruption_inside_the_update_undoes_the_step(tmp_path, monkeypatch, owner, last):
+def test_an_interruption_inside_the_update_undoes_the_step(tmp_path, monkeypatch, owner, method):
     expected = restless(tmp_path / "whole.pt", steps=6)
-    original, calls = owner.step, iter(range(100))
+    original, calls = getattr(owner, method), iter(range(100))
 
     def interrupted(self, *arguments):
         result = original(self, *arguments)
-        if next(calls) == last:
+        if next(calls) == 3:
             raise KeyboardInterrupt
         return result
 
-    monkeypatch.setattr(owner, "step", interrupted)
+    monkeypatch.setattr(owner, method, interrupted)
     file = tmp_path / "run.pt"
     with pytest.raises(KeyboardInterrupt):
         restless(file, steps=6)
@@ -686,3 +686,78 @@ def test_a_parameter_that_one_of_its_modules_spares_does_not_decay():
     )
     assert not decaying
     assert len(others) == 3
+
+
+def test_the_rate_rises_in_a_line_and_falls_in_a_cosine(monkeypatch):
+    seen, original = [], training._Run.set_rate
+
+    def noted(self):
+        original(self)
+        seen.append([group["lr"] for group in self.optimizer.param_groups])
+
+    monkeypatch.setattr(training._Run, "set_rate", noted)
+    train(model(), batches, steps=20, lr=0.4)
+    assert seen[:3] == [[0.2, 0.2], [0.4, 0.4], [0.4, 0.4]]
+    assert seen[11] == pytest.approx([0.2, 0.2])
+    assert seen[19] == pytest.approx([0.4 * (1 - np.cos(np.pi / 18)) / 2] * 2)
+
+
+def test_a_graph_wants_a_gpu():
+    with pytest.raises(ValueError, match="graph is True and the model not on a GPU"):
+        train(model(), batches, steps=2, graph=True)
+    with pytest.raises(TypeError, match="graph"):
+        train(model(), batches, steps=2, graph=1)
+
+
+class OnGpu:
+    """Batches on a GPU, of a task that depends on the generator given, interrupted if asked."""
+
+    def __init__(self, before=10**9):
+        self.source = Interrupted(before)
+
+    def __call__(self, generator):
+        return tuple(tensor.cuda() for tensor in self.source(generator))
+
+
+def on_gpu():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.Linear(16, 2)).cuda()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_replayed_step_is_the_step(tmp_path):
+    settings = {"steps": 40, "lr": 0.02, "every": 10, "weight_decay": 0.1}
+    eager, graphed, again = on_gpu(), on_gpu(), on_gpu()
+    expected = train(eager, OnGpu(), **settings)
+    record = train(graphed, OnGpu(), graph=True, **settings)
+    assert record.losses == pytest.approx(expected.losses, rel=1e-4)
+    for one, other in zip(eager.parameters(), graphed.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    file = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(again, OnGpu(before=27), graph=True, checkpoint=file, **settings)
+    assert len(torch.load(file, weights_only=True)["record"]["losses"]) == 20
+    resumed = train(on_gpu(), OnGpu(), graph=True, checkpoint=file, **settings)
+    assert resumed.losses == record.losses
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("wrong", ["loss", "target", "shape"])
+def test_a_replayed_step_says_what_is_wrong(wrong):
+    done = []
+
+    def source(generator):
+        x, targets = OnGpu()(generator)
+        done.append(1)
+        if len(done) == 5:
+            if wrong == "shape":
+                return x[:5], targets[:5]
+            x, targets = (x * float("inf"), targets) if wrong == "loss" else (x, targets + 7)
+        return x, targets
+
+    said = {
+        "loss": "the loss is nan at step 5",
+        "target": "targets hold [78], expected classes 0 to 1",
+    }
+    with pytest.raises(ValueError, match=said.get(wrong, "expected one shape for a graph")):
+        train(on_gpu(), source, steps=9, graph=True)
