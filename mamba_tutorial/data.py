@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from mamba_tutorial._check import check_library
@@ -69,6 +69,24 @@ def reference_text() -> tuple[Int[Tensor, " train"], Int[Tensor, " test"]]:
     text = "\n\n".join(dict.fromkeys(paragraphs)).encode()
     values = torch.tensor(list(text))
     return values[: -(len(text) // 20)], values[-(len(text) // 20) :]
+
+
+def standard_library() -> tuple[UInt8[Tensor, " train"], UInt8[Tensor, " test"]]:
+    """Return the source of Python's standard library as bytes: to learn from, and held out.
+
+    Every module there is as a file, but for tests, in the order of their names; so the text differs
+    between versions of Python. Every twentieth file is held out.
+
+    Returns:
+        Two runs of byte values, 0 to 255, uint8.
+    """
+    home = Path(importlib.import_module("os").__file__).parent
+    spared = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+    found = sorted(home.rglob("*.py"))
+    parts = [path.read_bytes() for path in found if not spared & set(path.relative_to(home).parts)]
+    learned = bytearray().join(part for k, part in enumerate(parts) if k % 20)
+    held_out = bytearray().join(parts[::20])
+    return tuple(torch.frombuffer(text, dtype=torch.uint8) for text in (learned, held_out))
 
 
 def recorded(name: str) -> dict:

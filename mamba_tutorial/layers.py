@@ -1,7 +1,8 @@
 """Layers to compare, of one build: x + GLU(W · GELU(memory(norm(x)))), each with another memory.
 
 `S4` and `S4D` in `mamba_tutorial.s4` are built so, and `SelectiveLayer` is; `LSTMLayer` has what an
-LSTM needs instead, which is less; so has `GRULayer`. `BilinearS4D` and `HeldS4` are S4D and S4 with
+LSTM needs instead, which is less; so has `GRULayer`. `SignedLayer` has decays that may be negative.
+`BilinearS4D` and `HeldS4` are S4D and S4 with
 the other one's rule of discretisation. `network` stacks layers between an embedding and a decoder.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from mamba_tutorial.discretize import bilinear, zoh
 from mamba_tutorial.s4 import S4, S4D, SequenceModel, diagonal_kernel
+from mamba_tutorial.scan import linear_scan
 from mamba_tutorial.selective import Discretization, SelectiveSSM
 
 Tokens = Float[Tensor, "batch length d_model"]
@@ -83,6 +85,26 @@ class GRULayer(nn.Module):
     def forward(self, x: Tokens) -> Tokens:
         """Run over a whole sequence."""
         return x + self.out(self.gru(self.norm(x))[0])
+
+
+class SignedLayer(nn.Module):
+    """The same build around h_t = tanh(W_a x) h_{t−1} + W_b x, of one number a channel.
+
+    What is new is that the factor may be negative: a token can turn the sign of what is kept. With
+    decays between 0 and 1, as those of a selective state space model, no token can (Grazzi et al.
+    2025, "Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues").
+    """
+
+    def __init__(self, d_model: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(d_model)
+        self.recurrence = nn.Linear(d_model, 2 * d_model)
+        self.mix = nn.Linear(d_model, 2 * d_model)
+
+    def forward(self, x: Tokens) -> Tokens:
+        """Run over a whole sequence."""
+        a, b = self.recurrence(self.norm(x)).chunk(2, dim=-1)
+        return x + F.glu(self.mix(F.gelu(linear_scan(torch.tanh(a), b))))
 
 
 class BilinearS4D(S4D):

@@ -6,7 +6,7 @@ They are made on the generator's device: on a GPU a batch takes less time than a
 """
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 from torch import Tensor
 
 from mamba_tutorial._check import check_is_tensor, check_length, check_memory, check_shape
@@ -140,7 +140,7 @@ def parity(batch: int, generator: torch.Generator, *, length: int) -> Batch:
 
 
 def next_token(
-    batch: int, generator: torch.Generator, *, tokens: Int[Tensor, " text"], length: int
+    batch: int, generator: torch.Generator, *, tokens: Integer[Tensor, " text"], length: int
 ) -> Batch:
     """Predict the next token at every place of a piece of text.
 

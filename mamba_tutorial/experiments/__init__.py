@@ -1,0 +1,253 @@
+"""The trainings behind the book's claims, over several seeds: python -m mamba_tutorial.experiments.
+
+An experiment is a table: models by name, each trained with every seed and every learning rate. Its
+configuration is plain data, `EXPERIMENTS`; its record, one JSON file in `book/results`, holds the
+configuration, the command, versions and hardware, and of each run the scores on the way and the
+time. The record is written after each run, and a run that it holds already is not run again: stop
+it at any time, and start it again with the same command. Runs that are meant for a GPU ("graph")
+are kept on the way, too.
+
+Each room of this package has the configurations of its experiments; some have batches and a score
+of their own, or measure more after the training.
+"""
+
+import argparse
+import functools
+import json
+import multiprocessing
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mamba_tutorial import tasks
+from mamba_tutorial._check import check_choice
+from mamba_tutorial.experiments import (
+    digits,
+    gates,
+    induction,
+    language,
+    models,
+    parity,
+    recall,
+    wall,
+)
+from mamba_tutorial.experiments.models import random_eigenvalues
+from mamba_tutorial.training import accuracy, environment, train
+
+__all__ = ["EXPERIMENTS", "build", "complete", "final_scores", "quick", "random_eigenvalues", "run"]
+
+_ROOMS = wall, digits, gates, induction, recall, parity, language
+EXPERIMENTS = {name: made for room in _ROOMS for name, made in room.EXPERIMENTS.items()}
+# rooms with more than configurations, by the task
+_OF_TASK = {
+    "digits": digits,
+    "induction_heads": induction,
+    "associative_recall": recall,
+    "copying": recall,
+    "parity": parity,
+    "text": language,
+}
+TESTED, EVALUATIONS = 2048, 20
+TOKENS = 2**19  # of a test, at a time
+
+
+def quick(configuration: dict) -> dict:
+    """Return a small form of an experiment, which takes seconds: two seeds, a few updates."""
+    few = {"steps": 40, "seeds": [0, 1], "learning_rates": configuration["learning_rates"][:1]}
+    return {**configuration, **few, **configuration.get("quick", {})}
+
+
+def build(configuration: dict, name: str, seed: int) -> nn.Module:
+    """Return the network that an entry of "models" describes, as it starts with this seed."""
+    return models.build(configuration["models"][name], configuration.get("vocab"), seed)
+
+
+def run(
+    configuration: dict, name: str, lr: float, seed: int, checkpoint: Path | None = None
+) -> dict:
+    """Train one model once; return its part of the record."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    room = _OF_TASK.get(configuration["task"])
+    model = build(configuration, name, seed).to(device)
+    source = _source(configuration, name, device)
+    fixed = configuration["task"] in ("digits", "text")  # which have a part that is held out
+    generator = torch.Generator(device).manual_seed(2**31 + seed)
+    test = source(None if fixed else configuration.get("tested", TESTED), generator)
+    steps, score = configuration["steps"], getattr(room, "score", accuracy_in_parts)
+    record = train(
+        model,
+        _batches(source, configuration["batch"], device),
+        steps=steps,
+        lr=lr,
+        seed=seed,
+        evaluate=lambda model: score(model, *test),
+        every=max(1, steps // EVALUATIONS),
+        stop_at=configuration.get("stop_at", float("inf")),
+        checkpoint=checkpoint,
+        graph=device == "cuda" and configuration.get("graph", False),
+        name=f"{name}, {lr:g}, seed {seed}",
+    )
+    result = {
+        "model": name,
+        "lr": lr,
+        "seed": seed,
+        "parameters": record.parameters,
+        "scores": [[step, round(score, 5)] for step, score in record.scores],
+        "seconds": round(record.seconds, 1),
+    }
+    if hasattr(room, "measure"):
+        result |= room.measure(configuration, name, model.eval(), source, generator)
+    return result
+
+
+def _source(configuration: dict, name: str, device: str) -> Callable:
+    """Return (size, generator, other sizes) → inputs and targets, on the generator's device."""
+    room, entry = _OF_TASK.get(configuration["task"]), configuration["models"][name]
+    if hasattr(room, "source"):
+        return room.source(configuration, entry, device)
+    known = ("data", "noise", "length", "pairs", "vocab")
+    sizes = {key: configuration[key] for key in known if key in configuration}
+    if configuration["task"] == "parity":
+        del sizes["vocab"]
+    task = getattr(tasks, configuration["task"])
+
+    def batch(size: int, generator: torch.Generator, **others) -> tuple[Tensor, Tensor]:
+        chosen = sizes | entry.get("sizes", {}) | others
+        for key, value in chosen.items():
+            if isinstance(value, list):  # one of them for each batch
+                place = torch.randint(len(value), (), generator=generator, device=generator.device)
+                chosen[key] = value[place]
+        return task(size, generator, **chosen)
+
+    return batch
+
+
+def _batches(source: Callable, size: int, device: str) -> Callable:
+    """Return batches for `train`; on a GPU made there, from a seed for each."""
+    if device == "cpu":
+        return lambda generator: source(size, generator)
+    there = torch.Generator(device)
+
+    def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        there.manual_seed(torch.randint(2**62, (), generator=generator).item())
+        return source(size, there)
+
+    return batch
+
+
+def accuracy_in_parts(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
+    """Return `accuracy`, of some sequences at a time, so that there is room for their logits."""
+    size = max(1, TOKENS // inputs.shape[1])
+    hits = scored = 0.0
+    for x, y in zip(inputs.split(size), targets.split(size), strict=True):
+        count = (y != tasks.IGNORE).sum().item()
+        hits += count * accuracy(model, x, y)
+        scored += count
+    return hits / scored
+
+
+def missing(configuration: dict, runs: list[dict]) -> Iterator[tuple[str, float, int]]:
+    """Yield what is still to be run: model, learning rate and seed."""
+    done = {(run["model"], run["lr"], run["seed"]) for run in runs}
+    for seed in configuration["seeds"]:
+        for lr in configuration["learning_rates"]:
+            for name in configuration["models"]:
+                if (name, lr, seed) not in done:
+                    yield name, lr, seed
+
+
+def complete(name: str, path: Path, configuration: dict, command: str, jobs: int) -> dict:
+    """Run what the record at `path` does not hold yet, save after each run, return the record."""
+    record = {
+        "experiment": name,
+        "command": command,
+        "configuration": configuration,
+        "environment": environment(),
+        "runs": [],
+    }
+    if path.exists():
+        found = json.loads(path.read_text())
+        if found["configuration"] != configuration:
+            raise ValueError(f"{path} records another configuration; move it, or choose --out")
+        record = found
+    todo = list(missing(configuration, record["runs"]))
+    for result in tqdm(_results(configuration, todo, jobs, path), total=len(todo), desc=name):
+        record["runs"].append(result)
+        draft = path.with_suffix(".part")
+        draft.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        draft.replace(path)
+    return record
+
+
+def _results(configuration: dict, todo: list[tuple], jobs: int, path: Path) -> Iterator[dict]:
+    kept = functools.partial(_kept, configuration, path)
+    if jobs == 1:
+        yield from (kept(which) for which in todo)
+        return
+    spawn = multiprocessing.get_context("spawn")  # a fork would share what a GPU holds
+    with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (1,)) as pool:
+        pending = [pool.submit(kept, which) for which in todo]
+        try:
+            yield from (future.result() for future in as_completed(pending))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _kept(configuration: dict, path: Path, which: tuple[str, float, int]) -> dict:
+    """Return a run's result; one that takes minutes is kept in a file beside the record."""
+    if not configuration.get("graph"):
+        return run(configuration, *which)
+    words = re.sub(r"[^\w.]+", "_", "_".join(map(str, which)))
+    checkpoint = path.with_name(f"{path.stem}_{words}.pt")
+    result = run(configuration, *which, checkpoint)
+    checkpoint.unlink()
+    return result
+
+
+def final_scores(record: dict) -> dict[str, list[float]]:
+    """Return of each model the last scores, seed by seed, at the learning rate best on average."""
+    best = {}
+    for name in record["configuration"]["models"]:
+        by_rate = {}
+        for one in sorted(record["runs"], key=lambda one: one["seed"]):
+            if one["model"] == name:
+                by_rate.setdefault(one["lr"], []).append(one["scores"][-1][1])
+        best[name] = max(by_rate.values(), key=lambda scores: sum(scores) / len(scores))
+    return best
+
+
+def table(record: dict) -> str:
+    """Return the mean, the least and the largest final score of each model, in per cent."""
+    lines = [f"{record['experiment']:22} mean   least  largest   seeds"]
+    for name, scores in final_scores(record).items():
+        low, high = 100 * min(scores), 100 * max(scores)
+        mean = 100 * sum(scores) / len(scores)
+        lines.append(f"{name:22} {mean:5.1f}  {low:5.1f}  {high:5.1f} {len(scores):9}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None, show: Callable[[str], None] = print) -> None:
+    """Run the experiments that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", default=list(EXPERIMENTS), help="which; all by default")
+    parser.add_argument("--quick", action="store_true", help="a small form that takes seconds")
+    parser.add_argument("--out", type=Path, default=Path("book/results"), help="where records go")
+    parser.add_argument("--jobs", type=int, default=1, help="how many runs at a time")
+    given = parser.parse_args(arguments)
+    if not given.out.is_dir():
+        parser.error(f"--out is {given.out}, expected a folder that exists")
+    for name in given.names:
+        check_choice("name", name, EXPERIMENTS)
+        configuration = quick(EXPERIMENTS[name]) if given.quick else EXPERIMENTS[name]
+        path = given.out / f"experiment_{name}{'_quick' if given.quick else ''}.json"
+        command = f"python -m mamba_tutorial.experiments {name}{' --quick' if given.quick else ''}"
+        show(table(complete(name, path, configuration, command, given.jobs)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Recall of many pairs (MQAR) and verbatim copying: what a state of fixed size can hold.
+
+MQAR is trained at length 256 with 4 to 64 pairs, a number drawn for each batch; the authors of the
+task (Arora et al. 2023) train at lengths 64 to 256 in a fixed order. It is tested at up to 256
+pairs in 1024 tokens. Copying is trained with one number of tokens for each model.
+"""
+
+import torch
+from torch import nn
+
+from mamba_tutorial.training import accuracy
+
+_TESTS = [[4, 64], [8, 64], [16, 64], [16, 256], [32, 256], [64, 256], [128, 512], [256, 1024]]
+_RATES = [1e-3, 3e-3]
+
+
+def _mamba(d_model: int, d_state: int) -> dict:
+    return {"model": "Mamba", "d_model": d_model, "n_layer": 2, "d_state": d_state}
+
+
+def _attention(d_model: int) -> dict:
+    return {"model": "Transformer", "d_model": d_model, "n_layer": 2, "n_head": 1}
+
+
+def _copiers() -> dict:
+    """Return models that copy so many tokens, by name."""
+    models = {}
+    for data in (16, 64, 256):
+        sizes = {"sizes": {"data": data}}
+        for d_state in (4, 16, 64):
+            models[f"Mamba, N = {d_state}, {data} tokens"] = {**_mamba(64, d_state), **sizes}
+        models[f"attention, {data} tokens"] = {**_attention(64), "n_head": 4, **sizes}
+    return models
+
+
+EXPERIMENTS = {
+    "recall": {
+        "task": "associative_recall",
+        "length": 256,
+        "pairs": [4, 8, 16, 32, 64],
+        "vocab": 8192,
+        "batch": 64,
+        "steps": 10000,
+        "stop_at": 0.9999,
+        "tested": 256,
+        "tests": _TESTS,
+        "learning_rates": _RATES,
+        "seeds": [0, 1, 2],
+        "graph": True,
+        "quick": {
+            "steps": 200,
+            "batch": 32,
+            "tested": 128,
+            "vocab": 64,
+            "length": 64,
+            "pairs": [4, 8],
+            "tests": [[4, 64], [8, 64]],
+        },
+        "models": {
+            "Mamba, 64 × 4": _mamba(64, 4),
+            "Mamba, 64 × 16": _mamba(64, 16),
+            "Mamba, 64 × 64": _mamba(64, 64),
+            "Mamba, 128 × 16": _mamba(128, 16),
+            "Mamba, 128 × 64": _mamba(128, 64),
+            "attention, 64": _attention(64),
+            "attention, 128": _attention(128),
+        },
+    },
+    "copying": {
+        "task": "copying",
+        "noise": 1,
+        "vocab": 34,
+        "batch": 64,
+        "steps": 10000,
+        "stop_at": 0.9999,
+        "tested": 512,
+        "learning_rates": [1e-3],
+        "seeds": [0, 1, 2],
+        "graph": True,
+        "quick": {"steps": 200, "batch": 32, "tested": 128},
+        "models": _copiers(),
+    },
+}
+
+
+def measure(configuration: dict, name: str, model: nn.Module, source, generator) -> dict:
+    """Return the accuracy at each test of MQAR, and how many numbers the state of Mamba has."""
+    found = {}
+    for pairs, length in configuration.get("tests", []):
+        part, tested = max(1, 2**14 // length), configuration["tested"]
+        hits = []
+        for _ in range(0, tested, part):
+            inputs, targets = source(part, generator, pairs=pairs, length=length)
+            with torch.no_grad():
+                hits.append(accuracy(model, inputs, targets))
+        found[f"{pairs}, {length}"] = round(sum(hits) / len(hits), 5)
+    entry = configuration["models"][name]
+    if "d_state" in entry:
+        found["state"] = 2 * entry["d_model"] * entry["d_state"] * entry["n_layer"]
+    return found
