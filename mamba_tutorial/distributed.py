@@ -47,6 +47,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from mamba_tutorial import selective
 from mamba_tutorial._check import (
@@ -252,7 +253,9 @@ def _own_step(tensors: dict, rules: dict, start: Tensor | None) -> tuple[Tensor,
     dt, bias = tensors["dt"].to(end.dtype), tensors["dt_bias"]
     dt = dt if bias is None else dt + bias.to(end.dtype)
     span = (F.softplus(dt) if rules["dt_softplus"] else dt).sum(1)
-    return torch.exp(span[..., None] * tensors["A"].to(end.dtype)), end
+    decay = torch.exp(span[..., None] * tensors["A"].to(end.dtype))
+    # that of an unstable model may overflow where the state is zero, and ∞ · 0 is not a number
+    return decay.clamp(max=torch.finfo(end.dtype).max), end
 
 
 def _joined_scan(
@@ -494,7 +497,8 @@ def _agree(
     rank = _rank(group)
     mine = None if problem is None else f"{type(problem).__name__}: {problem}"
     found: list = [None] * dist.get_world_size(group)
-    with _heard("how their calls look", group):
+    # torch.func would take the exchange for a part of what it transforms
+    with _heard("how their calls look", group), temporarily_clear_interpreter_stack():
         dist.all_gather_object(found, (mine, settings, own), group)
     if problem is not None:
         raise problem
@@ -528,7 +532,7 @@ def _heard(what: str, group: Group) -> Iterator[None]:
         ranks = dist.get_world_size(group)
         raise RuntimeError(
             f"rank {dist.get_rank(group)} of {ranks} waited in vain for {what}: another rank has "
-            "stopped, is later than the timeout of the group, or did something else"
+            f"stopped, is later than the timeout of the group, or did something else ({error})"
         ) from error
 
 
