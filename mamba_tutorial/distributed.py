@@ -60,10 +60,11 @@ from mamba_tutorial._check import (
     check_shape,
     wide,
 )
-from mamba_tutorial.mamba import MambaBlock, MambaLM
+from mamba_tutorial.mamba import CausalConv1d, MambaBlock, MambaLM
 from mamba_tutorial.scan import linear_scan
 from mamba_tutorial.selective import Backend, Discretization, SelectiveSSM, Shared, State, Tokens
 
+# quoted, since PyTorch may have been built without it
 Group = "dist.ProcessGroup | None"
 
 
@@ -81,7 +82,7 @@ def selective_scan(
     return_last_state: bool = False,
     discretization: Discretization = "mamba",
     backend: Backend = "auto",
-    group: "dist.ProcessGroup | None" = None,
+    group: Group = None,
 ) -> Tokens | tuple[Tokens, State]:
     """Run the selective state space model over sequences of which each rank has one piece.
 
@@ -136,7 +137,7 @@ def selective_scan(
 
 
 @contextmanager
-def over_length(model: nn.Module, group: "dist.ProcessGroup | None" = None) -> Iterator[None]:
+def over_length(model: nn.Module, group: Group = None) -> Iterator[None]:
     """Inside this context, each rank gives the model one piece of every sequence.
 
         with over_length(model, group):
@@ -172,7 +173,7 @@ def over_length(model: nn.Module, group: "dist.ProcessGroup | None" = None) -> I
             stack.callback(hook.remove)
         for block in blocks:
             conv, ssm = block.conv1d, block.ssm
-            stack.enter_context(_instead(conv, partial(pieces.convolve, conv.forward)))
+            stack.enter_context(_instead(conv, partial(pieces.convolve, conv, conv.forward)))
             stack.enter_context(_instead(ssm, partial(pieces.scan, ssm)))
         _OVER_LENGTH[model] = pieces
         stack.callback(_OVER_LENGTH.pop, model, None)
@@ -220,7 +221,7 @@ def next_token_loss(
     return share + ((total / count).to(own.dtype) - share.detach())
 
 
-def sum_gradients(model: nn.Module, group: "dist.ProcessGroup | None" = None) -> None:
+def sum_gradients(model: nn.Module, group: Group = None) -> None:
     """Put the sum over the ranks in the place of every parameter's gradient; none counts as zero.
 
     Not for a model in DistributedDataParallel or fully_shard, which see to that themselves.
@@ -351,12 +352,14 @@ class _Pieces:
             problem = error
         self.lengths = _agree(settings, problem, self.group, length)
 
-    def convolve(self, forward: Callable, x: Tensor, before: None = None) -> tuple[Tensor, None]:
+    def convolve(
+        self, conv: CausalConv1d, forward: Callable, x: Tensor, before: None = None
+    ) -> tuple[Tensor, None]:
         """In the place of the forward of a `CausalConv1d`."""
         if self.lengths is None or x.shape[1] != self.lengths[self.rank]:
             needed = f"expected a call of the whole model, which saw lengths {self.lengths}"
             raise ValueError(f"x of a convolution has length {x.shape[1]}, {needed}")
-        width = forward.__self__.kernel_size[0] - 1
+        width = conv.kernel_size[0] - 1
         return forward(x, _tokens_before(x, width, self.lengths, self.group))[0], None
 
     def scan(
