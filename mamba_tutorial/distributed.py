@@ -224,8 +224,14 @@ def next_token_loss(
 def sum_gradients(model: nn.Module, group: Group = None) -> None:
     """Put the sum over the ranks in the place of every parameter's gradient; none counts as zero.
 
-    Not for a model in DistributedDataParallel or fully_shard, which see to that themselves.
+    Not over ranks of which DistributedDataParallel or fully_shard takes the mean; for these see
+    `next_token_loss`.
+
+    Raises:
+        ValueError: this process is not in the group.
+        RuntimeError: another rank has stopped or is late.
     """
+    _rank(group)
     for parameter in model.parameters():
         if parameter.requires_grad:
             if parameter.grad is None:
@@ -560,8 +566,8 @@ def join_cost(
 ) -> JoinCost:
     """Return what one join of the pieces costs; a backward pass costs the same once more.
 
-    With S = batch · d_inner · d_state numbers in a state, R ranks, a latency α of each message and
-    a bandwidth β:
+    With S the bytes of a state, batch · d_inner · d_state · number_bytes, R ranks, a latency α of
+    each message and a bandwidth β:
 
         gather     every rank gets all others' (a, b), as this module does. By doubling it takes
                    ⌈log₂ R⌉ messages with 2 S (R − 1) together:   α ⌈log₂ R⌉ + 2 S (R − 1) / β

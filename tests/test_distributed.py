@@ -25,19 +25,26 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch without
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
-def meet(rank, task, ranks, meeting, seconds, *given):
-    torch.set_num_threads(1)
-    timeout = timedelta(seconds=seconds)
+def meet(rank, task, ranks, meeting, *given):
     dist.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks, timeout=timeout
+        "gloo",
+        init_method=f"file://{meeting}",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=60),
     )
-    task(rank, *given)
-    dist.destroy_process_group()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # one core for each process
+    try:
+        task(rank, *given)
+    finally:
+        torch.set_num_threads(threads)
+        dist.destroy_process_group()
 
 
-def run(tmp_path, task, ranks, *given, seconds=60):
+def run(tmp_path, task, ranks, *given):
     """Run the task in as many processes; the first error of one of them is raised here."""
-    mp.spawn(meet, (task, ranks, str(tmp_path / "meeting"), seconds, *given), nprocs=ranks)
+    mp.spawn(meet, (task, ranks, str(tmp_path / "meeting"), *given), nprocs=ranks)
 
 
 def piece_of(rank, lengths):
@@ -46,7 +53,7 @@ def piece_of(rank, lengths):
 
 
 def tokens(length, batch=2, d_inner=3, d_state=4):
-    """All arguments of a scan, by name; Δ is long enough for the past to fade, but not within."""
+    """All tensors that a scan takes, by name."""
     torch.manual_seed(0)
     wide = batch, length, d_inner
     shapes = {"x": wide, "dt": wide, "A": (d_inner, d_state), "B": (batch, length, d_state)}
@@ -170,7 +177,7 @@ def check_block(rank, lengths):
 def check_ignored(rank, lengths):
     """A value that is not counted, which may be all that a rank has."""
     model, ids, mine = language_model(), ids_of(sum(lengths)), piece_of(rank, lengths)
-    ids[:, piece_of(1, lengths)] = 0
+    ids[:, sum(lengths) // 2 :] = 0
     with over_length(model):
         loss = next_token_loss(model, ids[:, mine], ignore_index=0)
     loss.backward()
@@ -201,6 +208,11 @@ def check_pieces(rank, cuts):
 def test_scans_and_models_train_on_pieces_as_on_the_whole(tmp_path, ranks):
     """Values and all gradients."""
     run(tmp_path, check_pieces, ranks, CUTS[ranks])
+
+
+def test_one_rank_has_the_whole(tmp_path):
+    """In this process, where signatures are checked and warnings are errors."""
+    meet(0, check_pieces, 1, str(tmp_path / "meeting"), [(7,)])
 
 
 def check_derivatives(rank, lengths):
@@ -434,6 +446,14 @@ def check_mesh(rank):
     replicas = DistributedDataParallel(language_model())
     with over_length(replicas, group):
         (2 * next_token_loss(replicas, mine)).backward()
+    assert_same_gradients(replicas.module, alone)
+
+    replicas = DistributedDataParallel(
+        language_model(), process_group=mesh["data"].get_group()
+    )  # the mean over the batch, then the sum over the length
+    with over_length(replicas, group):
+        next_token_loss(replicas, mine).backward()
+    sum_gradients(replicas, group)
     assert_same_gradients(replicas.module, alone)
 
     sharded = language_model()
