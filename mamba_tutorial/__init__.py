@@ -9,6 +9,7 @@ One module per idea, in the order of the book:
 - `selective`: the selective scan, where Δ, B and C depend on the token
 - `scan`: the linear recurrence in parallel, `linear_scan`
 - `mamba`: the block and the language model; `checkpoints`: the files of trained models
+- `distributed`: one sequence over many processes, cut along its length
 - `attention`: a causal Transformer, the model to compare with
 - `compat`: the official function's signature, and transformers' Mamba on these kernels
 - `ops`: the compiled routines as operators of PyTorch
