@@ -294,6 +294,17 @@ def check_range(dt_min: float, dt_max: float) -> None:
         raise ValueError(f"dt_min is {dt_min} and dt_max {dt_max}, expected 0 < dt_min ≤ dt_max")
 
 
+def check_starts(starts: object, like: Tensor) -> None:
+    """Raise unless starts is a tensor of bool (batch, length), as `like`, on its device."""
+    check_is_tensor("starts", starts)
+    if starts.dtype != torch.bool:
+        raise TypeError(f"starts has dtype {starts.dtype}, expected torch.bool")
+    batch, length = like.shape[:2]
+    check_shape("starts", starts, "batch length", batch=batch, length=length)
+    if starts.device != like.device:
+        raise ValueError(f"starts is on device {starts.device}, expected {like.device}")
+
+
 def check_flag(name: str, value: bool) -> bool:
     """Return value if it is True or False, else raise TypeError."""
     if not isinstance(value, (bool, np.bool_)):

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Inexact
+from jaxtyping import Bool, Inexact
 from torch import Tensor
 
 from mamba_tutorial._check import (
@@ -33,6 +33,7 @@ from mamba_tutorial._check import (
     check_flag,
     check_length,
     check_memory,
+    check_starts,
     check_triton,
 )
 from mamba_tutorial.ops import register
@@ -175,6 +176,7 @@ def linear_scan(
     b: Inexact[Tensor, "batch length *rest"],
     h0: Inexact[Tensor, " batch *rest"] | None = None,
     *,
+    starts: Bool[Tensor, "batch length"] | None = None,
     reverse: bool = False,
     method: Method = "auto",
 ) -> Inexact[Tensor, "batch length *rest"]:
@@ -192,6 +194,8 @@ def linear_scan(
         b: like a.
         h0: (batch, ...), the state before the first token (after the last, if reversed); zero by
             default.
+        starts: (batch, length), true where a new sequence begins: there the state before is zero.
+            So sequences can lie one after the other in a row. (If reversed, true where one ends.)
         reverse: run from the last token to the first, h_t = a_t h_{t+1} + b_t.
         method: "sequential" is a loop, the others are the algorithms of this module, but "triton",
             one kernel on a GPU (without a GPU: in Triton's interpreter), which computes in float32.
@@ -202,7 +206,8 @@ def linear_scan(
         h: (batch, length, ...).
 
     Raises:
-        TypeError: an argument is no floating or complex tensor, or has another dtype than a.
+        TypeError: an argument is no floating or complex tensor, or has another dtype than a; or
+            starts is no tensor of bool.
         ValueError: a shape does not fit, the length is zero, devices differ, or there is no such
             method, or the kernel does not fit.
     """
@@ -218,6 +223,9 @@ def linear_scan(
     if h0.shape != a[:, 0].shape:
         needed = f"expected (batch, ...) = {tuple(a[:, 0].shape)}"
         raise ValueError(f"h0 has shape {tuple(h0.shape)}, {needed}")
+    if starts is not None:
+        check_starts(starts, a)
+        a = a.masked_fill(starts.reshape(*starts.shape, *[1] * (a.ndim - 2)), 0)
     small = a.dtype in (torch.float16, torch.bfloat16, torch.float32)
     if method == "triton":
         check_triton(a, "method")

@@ -30,6 +30,41 @@ def loop(a, b, h0):
     return torch.stack(states, 1)
 
 
+def in_pieces(a, b, h0, starts, reverse):
+    """Each sequence of a row by itself."""
+    rows = []
+    for row in range(len(a)):
+        flags = (starts[row].flip(0) if reverse else starts[row]).tolist()
+        order = slice(None) if not reverse else torch.arange(a.shape[1] - 1, -1, -1)
+        states, h = [], h0[row]
+        for flag, a_t, b_t in zip(flags, a[row][order], b[row][order], strict=True):
+            h = b_t + a_t * (torch.zeros_like(h) if flag else h)
+            states.append(h)
+        rows.append(torch.stack(states[::-1] if reverse else states))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(deadline=None, max_examples=25)
+@given(
+    length=st.integers(1, 40),
+    reverse=st.booleans(),
+    share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    seed=st.integers(0, 9),
+)
+def test_sequences_in_a_row_are_scanned_one_by_one(method, length, reverse, share, seed):
+    a, b, h0 = (t.requires_grad_() for t in problem(2, length, 3, seed=seed))
+    starts = torch.rand(2, length, generator=torch.Generator().manual_seed(seed)) < share
+    h = linear_scan(a, b, h0, starts=starts, reverse=reverse, method=method)
+    expected = in_pieces(a, b, h0, starts, reverse)
+    torch.testing.assert_close(h, expected, rtol=0, atol=1e-11)
+    d = torch.randn(h.shape, dtype=h.dtype, generator=torch.Generator().manual_seed(seed))
+    found = torch.autograd.grad(h, (a, b, h0), d, materialize_grads=True)
+    wanted = torch.autograd.grad(expected, (a, b, h0), d, materialize_grads=True)
+    for value, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(value, right, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("method", METHODS)
 @settings(deadline=None, max_examples=25)
@@ -202,6 +237,13 @@ def test_trace_finds_an_algorithm_that_swaps_neighbours():
             r"a has shape \(5,\), expected \(batch, length",
         ),
         ({"a": torch.ones(2, 0, 3).double()}, ValueError, "length ≥ 1"),
+        ({"starts": torch.ones(2, 5)}, TypeError, "starts has dtype torch.float32, expected"),
+        ({"starts": [True]}, TypeError, "starts is a list, expected a torch.Tensor"),
+        (
+            {"starts": torch.ones(2, 4, dtype=torch.bool)},
+            ValueError,
+            r"starts has shape \(2, 4\), expected \(batch, length\) = \(2, 5\)",
+        ),
         ({"method": "tree"}, ValueError, "method is 'tree', expected one of 'auto', 'sequential'"),
     ],
 )
