@@ -294,15 +294,15 @@ def check_range(dt_min: float, dt_max: float) -> None:
         raise ValueError(f"dt_min is {dt_min} and dt_max {dt_max}, expected 0 < dt_min ≤ dt_max")
 
 
-def check_starts(starts: object, like: Tensor) -> None:
+def check_starts(starts: object, like: Tensor, name: str = "starts") -> None:
     """Raise unless starts is a tensor of bool (batch, length), as `like`, on its device."""
-    check_is_tensor("starts", starts)
+    check_is_tensor(name, starts)
     if starts.dtype != torch.bool:
-        raise TypeError(f"starts has dtype {starts.dtype}, expected torch.bool")
+        raise TypeError(f"{name} has dtype {starts.dtype}, expected torch.bool")
     batch, length = like.shape[:2]
-    check_shape("starts", starts, "batch length", batch=batch, length=length)
+    check_shape(name, starts, "batch length", batch=batch, length=length)
     if starts.device != like.device:
-        raise ValueError(f"starts is on device {starts.device}, expected {like.device}")
+        raise ValueError(f"{name} is on device {starts.device}, expected {like.device}")
 
 
 def check_flag(name: str, value: bool) -> bool:

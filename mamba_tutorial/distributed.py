@@ -461,6 +461,8 @@ def _input_traits(module: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor,
     x = args[0] if args else kwargs.get(name)
     if (args[1] if len(args) > 1 else kwargs.get("state")) is not None:
         raise ValueError("state is given, expected None: pieces are read from the start of a whole")
+    if (args[2] if len(args) > 2 else kwargs.get("starts")) is not None:
+        raise ValueError("starts is given, expected None: pieces are of one sequence each")
     if isinstance(module, MambaLM):
         check_ids(x, module.config.vocab_size, (2,), module.embedding.weight.device)
     else:

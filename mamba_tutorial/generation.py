@@ -14,11 +14,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mamba_tutorial._check import (
+    can_look_at,
     check_is_tensor,
     check_least,
     check_length,
     check_number,
     check_shape,
+    check_starts,
     precise,
 )
 
@@ -182,6 +184,48 @@ def end_tokens(
         needed = f"expected token ids below {vocab_size}"
         raise ValueError(f"eos is {eos}, {needed}")
     return torch.tensor(found, device=device)
+
+
+def filled_up(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return prompts of any lengths as rows of one length, filled up on their left; and the mask.
+
+    Raises:
+        TypeError: one is no tensor of whole numbers.
+        ValueError: there is none, or one is not (length,), is empty, or lies on another device.
+    """
+    if not prompts:
+        raise ValueError("ids is an empty list, expected prompts")
+    for k, prompt in enumerate(prompts):
+        check_is_tensor(f"ids[{k}]", prompt)
+        if prompt.dtype == torch.bool or prompt.is_floating_point() or prompt.is_complex():
+            raise TypeError(f"ids[{k}] has dtype {prompt.dtype}, expected whole numbers")
+        if prompt.ndim != 1 or len(prompt) == 0:
+            given = tuple(prompt.shape)
+            raise ValueError(f"ids[{k}] has shape {given}, expected (length,), length ≥ 1")
+        if prompt.device != prompts[0].device:
+            needed = f"expected {prompts[0].device}, that of ids[0]"
+            raise ValueError(f"ids[{k}] is on device {prompt.device}, {needed}")
+    longest = max(map(len, prompts))
+    rows = [nn.functional.pad(prompt.long(), (longest - len(prompt), 0)) for prompt in prompts]
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=prompts[0].device)
+    places = torch.arange(longest, device=lengths.device)
+    return torch.stack(rows), places >= longest - lengths[:, None]
+
+
+def starts_of(mask: Tensor, ids: Tensor, state: object) -> Tensor:
+    """Return where the prompts begin that a mask says are filled up on their left.
+
+    Raises:
+        TypeError: mask is no tensor of bool.
+        ValueError: it is not like ids, a row of it is not false up to a place and true from there
+            on, or there is a state, which nothing comes before.
+    """
+    check_starts(mask, ids, "mask")
+    if state is not None:
+        raise ValueError("mask is given with a state, expected one of them to be None")
+    if can_look_at(mask) and not ((mask[:, 1:] >= mask[:, :-1]).all() and mask[:, -1].all()):
+        raise ValueError("mask has a row of another form than false … false true … true")
+    return mask & ~nn.functional.pad(mask[:, :-1], (1, 0))
 
 
 def repeated_less(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mamba_tutorial import checkpoints
@@ -36,14 +36,17 @@ from mamba_tutorial._check import (
     check_number,
     check_room,
     check_shape,
+    check_starts,
     wide,
 )
 from mamba_tutorial.generation import (
     check_sampling,
     end_tokens,
+    filled_up,
     lent_graph,
     repeated_less,
     sample,
+    starts_of,
 )
 from mamba_tutorial.ops import register, vjp
 from mamba_tutorial.selective import SelectiveSSM
@@ -163,12 +166,15 @@ class CausalConv1d(nn.Conv1d):
     def __init__(self, channels: int, width: int, bias: bool):
         super().__init__(channels, channels, width, groups=channels, bias=bias)
 
-    def forward(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, before: Tensor | None = None, starts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return y; and, if some were given, the last width − 1 tokens, for the next call.
 
         Args:
             x: (batch, length, channels), or (batch, channels) for one token.
             before: (batch, width − 1, channels), the tokens before; zeros by default.
+            starts: (batch, length), true where a new sequence begins, which sees none before it.
         """
         width, first = self.kernel_size[0] - 1, before is None
         before = x.new_zeros(len(x), width, x.shape[-1]) if first else before.to(x.dtype)
@@ -176,11 +182,18 @@ class CausalConv1d(nn.Conv1d):
         has_kernel = x.is_cuda and x.dtype != torch.float64 and width < 7 and HAS_TRITON
         if x.ndim == 2:
             return _CONV_STEP(*given) if has_kernel else _convolve_token(*given)
-        y = _CONV(*given) if has_kernel else _convolve(*given)
+        if starts is not None:
+            y = _convolve_in_a_row(*given, starts)
+        else:
+            y = _CONV(*given) if has_kernel else _convolve(*given)
         if first:
             return y, None
         end = torch.cat([before, x[:, max(0, x.shape[1] - width) :]], 1)
-        return y, end[:, end.shape[1] - width :]
+        end = end[:, end.shape[1] - width :]
+        if starts is not None:
+            distance = torch.arange(width - 1, -1, -1, device=x.device)
+            end = end.masked_fill((_since_start(starts)[:, -1:] < distance)[..., None], 0)
+        return y, end
 
 
 class MambaBlock(nn.Module):
@@ -227,13 +240,18 @@ class MambaBlock(nn.Module):
         )
 
     def forward(
-        self, x: Sequence | Token, state: BlockState | None = None
+        self,
+        x: Sequence | Token,
+        state: BlockState | None = None,
+        starts: Bool[Tensor, "batch length"] | None = None,
     ) -> Sequence | Token | tuple[Sequence | Token, BlockState]:
         """Run over sequences from their start; or, given a state, go on from there and return it.
 
         Args:
             x: (batch, length, d_model), or, with a state, (batch, d_model) for one token of each.
             state: what came before, from `initial_state` or an earlier call.
+            starts: (batch, length), true where a new sequence begins: nothing before it is seen, by
+                the convolution nor by the state. So sequences can lie in a row.
 
         Returns:
             y, like x; if a state was given, also the state after it.
@@ -246,17 +264,25 @@ class MambaBlock(nn.Module):
         conv = h = None
         if state is not None:
             conv, h = self._checked(state, x)
+        if starts is not None:
+            _check_row(starts, x, 3)
+        row = () if starts is None else (starts,)
         inner, z = self.in_proj(x).chunk(2, dim=-1)
-        mixed, conv = self.conv1d(inner, conv)
-        y, h = self.ssm(mixed, z, h)
+        mixed, conv = self.conv1d(inner, conv, *row)
+        y, h = self.ssm(mixed, z, h, *row)
         y = self.out_proj(y)
         return y if state is None else (y, BlockState(conv, h))
 
-    def prefill(self, x: Sequence, state: BlockState) -> tuple[Sequence, BlockState]:
+    def prefill(
+        self,
+        x: Sequence,
+        state: BlockState,
+        starts: Bool[Tensor, "batch length"] | None = None,
+    ) -> tuple[Sequence, BlockState]:
         """Read a piece of the sequences; return its outputs and the state after it."""
         check_input("x", x, self.in_proj)
         self._check_shape(x, SEQUENCE)
-        return self(x, self._checked(state, x))
+        return self(x, self._checked(state, x), starts)
 
     def step(self, x: Token, state: BlockState) -> tuple[Token, BlockState]:
         """Read one token of each sequence; return its output and the state after it."""
@@ -317,6 +343,28 @@ def _convolve_token(
 ) -> tuple[Tensor, Tensor]:
     window = torch.cat([before, x[:, None]], 1)
     return _weighed(window.unbind(1), weight, bias), window[:, 1:]
+
+
+def _convolve_in_a_row(
+    x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor
+) -> Tensor:
+    """`_convolve`, where the window of a token ends at the start of its sequence."""
+    window, (_, length), width = torch.cat([before, x], 1), starts.shape, weight.shape[1]
+    since = _since_start(starts)[..., None]
+    taps = [window[:, k : k + length].masked_fill(since < width - 1 - k, 0) for k in range(width)]
+    return _weighed(taps, weight, bias)
+
+
+def _since_start(starts: Tensor) -> Tensor:
+    """Return how many tokens ago the sequence of each token began; very many if before this row."""
+    t = torch.arange(starts.shape[1], device=starts.device)
+    return t - torch.where(starts, t, -(2**40)).cummax(1).values
+
+
+def _check_row(starts: Tensor, tokens: Tensor, axes: int) -> None:
+    if tokens.ndim < axes:
+        raise ValueError("starts is given with one token of each sequence, expected None")
+    check_starts(starts, tokens)
 
 
 def _weighed(tokens: Iterable[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -397,13 +445,14 @@ class _Layer(nn.Module):
         self.mixer = MambaBlock(config)
 
     def forward(
-        self, u: Tensor, state: BlockState | None = None
+        self, u: Tensor, state: BlockState | None = None, starts: Tensor | None = None
     ) -> Tensor | tuple[Tensor, BlockState]:
         """Read sequences or a token of each; see `MambaBlock.forward`."""
         given = self.norm(u.to(self.norm.weight.dtype))
+        row = {} if starts is None else {"starts": starts}
         if state is None:
-            return u + self.mixer(given).to(u.dtype)
-        y, state = self.mixer(given, state)
+            return u + self.mixer(given, **row).to(u.dtype)
+        y, state = self.mixer(given, state, **row)
         return u + y.to(u.dtype), state
 
 
@@ -443,7 +492,12 @@ class MambaLM(nn.Module):
         return tuple(layer.mixer.initial_state(batch) for layer in self.layers)
 
     def forward(
-        self, ids: Ids | Int[Tensor, " batch"], state: State | None = None, *, last: bool = False
+        self,
+        ids: Ids | Int[Tensor, " batch"],
+        state: State | None = None,
+        *,
+        last: bool = False,
+        starts: Bool[Tensor, "batch length"] | None = None,
     ) -> Tensor | tuple[Tensor, State]:
         """Return the logits of the next token after every token.
 
@@ -454,6 +508,9 @@ class MambaLM(nn.Module):
             ids: (batch, length), whole numbers; with a state also (batch,), one token of each.
             state: what was read before; None for the start of the sequences.
             last: return the logits after the last token only, (batch, vocab_size).
+            starts: (batch, length), true where a new sequence begins: nothing before it is seen. So
+                sequences can be packed into rows; and what fills a row up before a sequence, on its
+                left, is without effect.
 
         Returns:
             Logits (batch, length, vocab_size), or (batch, vocab_size) of one token; if a state was
@@ -469,7 +526,9 @@ class MambaLM(nn.Module):
         ids = self._check_ids(ids, (2,) if state is None else (1, 2))
         if state is not None:
             _check_state(state, self.config.n_layer)
-        u, state = self._run(ids, state)
+        if starts is not None:
+            _check_row(starts, ids, 2)
+        u, state = self._run(ids, state, starts)
         logits = self._logits(u[:, -1] if last and ids.ndim == 2 else u)
         return logits if state is None else (logits, state)
 
@@ -488,19 +547,24 @@ class MambaLM(nn.Module):
         return [*stream, self.norm_f(stream[-1].to(self.norm_f.weight.dtype))]
 
     def prefill(
-        self, ids: Ids, state: State | None = None
+        self,
+        ids: Ids,
+        state: State | None = None,
+        starts: Bool[Tensor, "batch length"] | None = None,
     ) -> tuple[Float[Tensor, "batch length vocab_size"], State]:
         """Read a piece of the sequences after others; return its logits and the state after it.
 
         Args:
             ids: (batch, length).
             state: what `prefill` or `step` returned last; None at the start of the sequences.
+            starts: (batch, length), true where a new sequence begins, as in `forward`.
 
         Raises:
             TypeError, ValueError: as `forward`; or the state is of another batch or model.
         """
         check_ids_axes(ids, (2,))
-        return self(ids, self.initial_state(len(ids)) if state is None else state)
+        state = self.initial_state(len(ids)) if state is None else state
+        return self(ids, state, starts=starts)
 
     def step(
         self, ids: Int[Tensor, " batch"], state: State
@@ -527,6 +591,7 @@ class MambaLM(nn.Module):
         state: State | None = None,
         min_p: float | None = None,
         repetition_penalty: float | int = 1.0,
+        mask: Bool[Tensor, "batch length"] | None = None,
     ) -> Iterator[Int[Tensor, " batch"]]:
         """Yield the next tokens of each sequence, one after the other, as they are drawn.
 
@@ -538,13 +603,15 @@ class MambaLM(nn.Module):
         check_number("repetition_penalty", repetition_penalty, above=0)
         check_ids_axes(ids, (2,))
         ends = end_tokens(eos, self.config.vocab_size, ids.device)
+        starts = None if mask is None else starts_of(mask, ids, state)
         seen = None
         if repetition_penalty != 1:
             ids = self._check_ids(ids, (2,))
             seen = ids.new_zeros(len(ids), self.config.vocab_size, dtype=torch.bool)
-            seen.scatter_(1, ids, value=True)
+            tokens = ids if mask is None else torch.where(mask, ids, ids[:, -1:])
+            seen.scatter_(1, tokens, value=True)
         state = self.initial_state(len(ids)) if state is None else state
-        logits, state = self(ids, state, last=True)
+        logits, state = self(ids, state, last=True, starts=starts)
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         graphed = ids.is_cuda and max_new_tokens > 1 and not torch.is_autocast_enabled("cuda")
         with lent_graph(self, len(ids)) if graphed else nullcontext(self) as advance:
@@ -564,7 +631,7 @@ class MambaLM(nn.Module):
 
     def generate(
         self,
-        ids: Ids,
+        ids: Ids | list[Int[Tensor, " _"]],
         max_new_tokens: int,
         temperature: float | int = 1.0,
         top_k: int | None = None,
@@ -574,11 +641,12 @@ class MambaLM(nn.Module):
         state: State | None = None,
         min_p: float | None = None,
         repetition_penalty: float | int = 1.0,
-    ) -> Int[Tensor, "batch longer"]:
+        mask: Bool[Tensor, "batch length"] | None = None,
+    ) -> Int[Tensor, "batch longer"] | list[Int[Tensor, " _"]]:
         """Continue the sequences by tokens drawn from the model.
 
         Args:
-            ids: (batch, length), the prompts.
+            ids: (batch, length), the prompts; or a list of them, of any lengths.
             max_new_tokens: how many tokens to add at most.
             temperature: the logits are divided by it; 0 takes the most probable token.
             top_k: draw from the k most probable tokens only.
@@ -590,10 +658,12 @@ class MambaLM(nn.Module):
                 probable one (Nguyen et al. 2024).
             repetition_penalty: logits of tokens that the prompt or the new tokens hold already are
                 divided by it if positive, else multiplied (Keskar et al. 2019); 1 for none.
+            mask: (batch, length), false for what fills up a prompt, on its left, to the length of
+                the longest; transformers calls it attention_mask. Not with a state.
 
         Returns:
-            (batch, length + new): the prompts and what follows. Fewer than max_new_tokens are new
-            if every sequence ended before.
+            (batch, length + new): the prompts and what follows, or a list of such rows if a list
+            was given. Fewer than max_new_tokens are new if every sequence ended before.
 
         On a GPU the steps are a CUDA graph (`StepGraph`). It stays for the next call, with the room
         of one state, until the model goes or changes.
@@ -602,11 +672,18 @@ class MambaLM(nn.Module):
             TypeError, ValueError: as `forward`; or an argument is out of its range.
         """
         max_new_tokens = check_length(max_new_tokens, name="max_new_tokens")
+        prompts = None
+        if isinstance(ids, list):
+            if mask is not None:
+                raise ValueError("mask is given with a list of ids, expected None")
+            prompts, (ids, mask) = ids, filled_up(ids)
         check_ids_axes(ids, (2,))
         check_memory("max_new_tokens", max_new_tokens, max_new_tokens * len(ids))
         sampling = temperature, top_k, top_p, eos, generator, state, min_p, repetition_penalty
-        tokens = list(self.stream(ids, max_new_tokens, *sampling))
-        return torch.cat([ids.long(), torch.stack(tokens, dim=1)], dim=1)
+        new = torch.stack(list(self.stream(ids, max_new_tokens, *sampling, mask)), dim=1)
+        if prompts is not None:
+            return [torch.cat([one.long(), row]) for one, row in zip(prompts, new, strict=True)]
+        return torch.cat([ids.long(), new], dim=1)
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "MambaLM":
@@ -652,16 +729,19 @@ class MambaLM(nn.Module):
     def _check_ids(self, ids: Tensor, axes: tuple[int, ...]) -> Tensor:
         return check_ids(ids, self.config.vocab_size, axes, self.embedding.weight.device)
 
-    def _run(self, ids: Tensor, state: State | None) -> tuple[Tensor, State | None]:
+    def _run(
+        self, ids: Tensor, state: State | None, starts: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
         u = self.embedding(ids)
         u = u.to(wide(u.dtype))
+        row = {} if starts is None else {"starts": starts}
         if state is None:
             for layer in self.layers:
-                u = layer(u)
+                u = layer(u, **row)
             return u, None
         states = []
         for layer, before in zip(self.layers, state, strict=True):
-            u, after = layer(u, before)
+            u, after = layer(u, before, **row)
             states.append(after)
         return u, tuple(states)
 

@@ -17,13 +17,14 @@ computes (`selective_scan_ref` of mamba_ssm), and so what its checkpoints were t
 import math
 import warnings
 from collections.abc import Collection, Iterable, Sequence, Set
-from functools import cache
+from functools import cache, partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mamba_tutorial._check import (
     HAS_TRITON,
@@ -38,6 +39,7 @@ from mamba_tutorial._check import (
     check_range,
     check_room,
     check_shape,
+    check_starts,
     check_triton,
     installed,
     wide,
@@ -70,6 +72,7 @@ def selective_scan(
     return_last_state: bool = False,
     discretization: Discretization = "mamba",
     backend: Backend = "auto",
+    starts: Bool[Tensor, "batch length"] | None = None,
 ) -> Tokens | tuple[Tokens, State]:
     """Run the selective state space model over whole sequences.
 
@@ -94,6 +97,9 @@ def selective_scan(
             `linear_scan`, some tokens at a time; "numba" is one fused loop on a CPU, "triton" one
             fused kernel on a GPU (without a GPU: in Triton's interpreter), both with a state of
             float32, where Numba or Triton is installed. "auto" takes the fastest that fits.
+        starts: (batch, length), true where a new sequence begins: there the state before is zero,
+            and so is the decay, which is all that it takes. The kernels do not know it: "auto" is
+            "parallel" then.
 
     Returns:
         y: (batch, length, d_inner), in the dtype of x; and, if asked for, the last state (batch,
@@ -101,7 +107,8 @@ def selective_scan(
         0.999 cannot be written in bfloat16.
 
     Raises:
-        TypeError: an argument is no floating tensor; one is float64 and another is not.
+        TypeError: an argument is no floating tensor; one is float64 and another is not; starts is
+            no tensor of bool.
         ValueError: a shape does not fit, devices differ, Δ is negative, there is no such backend
             or discretization, or the backend does not fit.
     """
@@ -114,13 +121,19 @@ def selective_scan(
         raise ValueError(f"x has shape {tuple(x.shape)}, expected a length of at least 1")
     if h0 is not None:
         h0 = _check_state("h0", h0, x, (sizes["batch"], *A.shape))
+    if starts is not None:
+        check_starts(starts, x)
+        if backend in ("numba", "triton"):
+            needed = "expected 'auto', 'parallel' or 'sequential' with starts"
+            raise ValueError(f"backend is {backend!r}, {needed}")
+        backend = "parallel" if backend == "auto" else backend
     backend = _choose(x) if backend == "auto" else backend
     _check_backend(backend, x)
     if not dt_softplus:
         _check_step_size(dt, dt_bias)
-    given = x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, discretization == "zoh"
+    given = x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, discretization == "zoh", backend
     with without_autocast(x):
-        y, h_last = _fused(*given, backend) if backend == "triton" else _unfused(*given, backend)
+        y, h_last = _fused(*given) if backend == "triton" else _unfused(*given, starts)
     return (y, h_last) if return_last_state else y
 
 
@@ -281,6 +294,7 @@ class SelectiveSSM(nn.Module):
         x: Tokens | Float[Tensor, "batch d_inner"],
         z: Tokens | Float[Tensor, "batch d_inner"] | None = None,
         h: State | None = None,
+        starts: Bool[Tensor, "batch length"] | None = None,
     ) -> tuple[Tokens | Float[Tensor, "batch d_inner"], State]:
         """Run over whole sequences, or read one token of each; return y and the state after it.
 
@@ -288,6 +302,7 @@ class SelectiveSSM(nn.Module):
             x: (batch, length, d_inner), or (batch, d_inner) for one token.
             z: like x; the output is multiplied by silu(z).
             h: (batch, d_inner, d_state), the state before; zero by default.
+            starts: (batch, length), true where a new sequence begins.
 
         Raises:
             TypeError, ValueError: as `selective_scan`.
@@ -297,7 +312,7 @@ class SelectiveSSM(nn.Module):
         if h is not None:
             h = _check_state("h", h, x, (len(x), *self.A_log.shape))
         if x.ndim != 2:
-            return selective_scan(*given, h, True, self.discretization)
+            return selective_scan(*given, h, True, self.discretization, starts=starts)
         if h is None:
             h = x.new_zeros(len(x), *self.A_log.shape, dtype=wide(x.dtype))
         return selective_step(h, *given, self.discretization)
@@ -340,7 +355,9 @@ def _fused(x, dt, A, B, C, D, z, dt_bias, h0, softplus, exact, backend) -> tuple
     return _SCAN(*given, softplus, exact, _learning(given), backend)[:2]
 
 
-def _unfused(x, dt, A, B, C, D, z, dt_bias, h0, softplus, exact, backend) -> tuple[Tensor, Tensor]:
+def _unfused(
+    x, dt, A, B, C, D, z, dt_bias, h0, softplus, exact, backend, starts
+) -> tuple[Tensor, Tensor]:
     """Bias and softplus before the scan, skip connection and gate after it, in PyTorch."""
     dtype = wide(x.dtype)
     if h0 is None:
@@ -348,7 +365,9 @@ def _unfused(x, dt, A, B, C, D, z, dt_bias, h0, softplus, exact, backend) -> tup
     step = _step_size(dt, dt_bias, softplus, dtype)
     given = *(tensor.to(dtype) for tensor in (x, step, A, B, C)), h0
     if backend == "sequential":
-        y, h_last = _sequential(*given, exact)
+        y, h_last = _sequential(*given, exact, starts)
+    elif starts is not None:
+        y, h_last = _packed(*given, exact, starts)
     else:
         *tokens, h0 = given
         ends = None, None, None, h0, False, exact, _learning(given), backend
@@ -364,9 +383,12 @@ def _learning(given: Iterable[Tensor | None]) -> bool:
     return learning and any(t is not None and t.requires_grad for t in given)
 
 
-def _sequential(x, dt, A, B, C, h, exact) -> tuple[Tensor, Tensor]:
+def _sequential(x, dt, A, B, C, h, exact, starts) -> tuple[Tensor, Tensor]:
     outputs = []
-    for x_t, dt_t, B_t, C_t in zip(*(part.unbind(1) for part in (x, dt, B, C)), strict=True):
+    for t, token in enumerate(zip(*(part.unbind(1) for part in (x, dt, B, C)), strict=True)):
+        x_t, dt_t, B_t, C_t = token
+        if starts is not None:
+            h = h.masked_fill(starts[:, t, None, None], 0)
         y_t, h = _advance(h, x_t, dt_t, A, B_t, C_t, exact)
         outputs.append(y_t)
     return torch.stack(outputs, 1), h
@@ -548,6 +570,24 @@ def _parallel(x, dt, A, B, C, h, exact) -> tuple[Tensor, Tensor, Tensor]:
         starts += [h[:, None], states[:, KEPT - 1 : -1 : KEPT]]
         h = states[:, -1].clone()
     return torch.cat(outputs, 1), h, torch.cat(starts, 1)
+
+
+def _packed(x, dt, A, B, C, h, exact, starts) -> tuple[Tensor, Tensor]:
+    """The same over sequences in a row. For the gradient the states of a piece are made again."""
+    outputs, pieces = [], _pieces(x, A)
+    again = len(pieces) > 1 and torch.is_grad_enabled()
+    for piece in pieces:
+        parts = (part[:, piece] for part in (x, dt, B, C, starts))
+        run = partial(_packed_piece, *parts, A, h, exact)
+        y, h = checkpoint(run, use_reentrant=False, preserve_rng_state=False) if again else run()
+        outputs.append(y)
+    return torch.cat(outputs, 1), h
+
+
+def _packed_piece(x, dt, B, C, starts, A, h, exact) -> tuple[Tensor, Tensor]:
+    a, b = _discrete(x, dt, A, B, exact)
+    states = linear_scan(a, b, h, starts=starts)
+    return (states @ C[..., None]).squeeze(-1), states[:, -1]
 
 
 def _parallel_backward(dy, G, starts, x, dt, A, B, C, exact) -> tuple[Tensor, ...]:
