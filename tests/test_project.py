@@ -1,5 +1,7 @@
 """What the README, the environment file and the package promise to somebody who installs them."""
 
+import importlib
+import inspect
 import json
 import re
 import subprocess
@@ -14,6 +16,10 @@ from packaging.specifiers import SpecifierSet
 
 import mamba_tutorial
 from mamba_tutorial import data
+from mamba_tutorial.mamba import MambaBlock, MambaLM
+from mamba_tutorial.scan import linear_scan
+from mamba_tutorial.selective import selective_scan
+from mamba_tutorial.training import train
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -166,6 +172,26 @@ def test_readme_trains_and_generates_in_ten_lines():
     manual = set(bytes(data.reference_text()[0].tolist()).decode().split())
     words = {word for word in printed[13:].split() if len(word) > 2}
     assert len(words & manual) >= 4  # words, not noise
+
+
+def test_what_one_may_ask_exists():
+    table = README.split("## What you may ask of it")[1].split("##")[0]
+    functions = {
+        "starts": [selective_scan, linear_scan, MambaBlock.forward, MambaLM.forward],
+        "mask": [MambaLM.generate],
+        "state": [MambaLM.generate],
+        "graph": [train],
+    }
+    for argument, takers in functions.items():
+        assert f"{argument}=" in table
+        assert all(argument in inspect.signature(taker).parameters for taker in takers)
+    for module, name in (
+        ("compat", "selective_scan_fn"),
+        ("compat", "patched_transformers"),
+        ("distributed", "over_length"),
+    ):
+        assert name in table
+        assert callable(getattr(importlib.import_module(f"mamba_tutorial.{module}"), name))
 
 
 def test_what_the_readme_says_of_the_gpu_is_recorded():
