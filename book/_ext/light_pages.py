@@ -109,5 +109,6 @@ def is_charset(rule) -> bool:
 def setup(app) -> dict:
     """Register with Sphinx."""
     app.connect("html-page-context", trim_head, priority=900)
-    app.connect("build-finished", write_site_style)
+    # after the theme, which writes its colours of code when the build has finished
+    app.connect("build-finished", write_site_style, priority=900)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -2,13 +2,20 @@
 
 from docutils import nodes
 
-# MyST-NB hides the words "Show code cell source" behind this label, which says less.
-VAGUE = ' aria-label="Toggle hidden content"'
+REPLACED = {
+    # a label that hides the words "Show code cell source", which say more
+    ' aria-label="Toggle hidden content"': "",
+    # the corner of a table is no heading of anything
+    '<th class="head"><p></p></th>': "<td></td>",
+    # a role that is no longer one
+    'role="doc-biblioentry"': 'role="listitem"',
+}
 
 
 def name_controls(app, pagename, templatename, context, doctree) -> None:
     """Let what opens something be called by what it opens."""
-    context["body"] = context.get("body", "").replace(VAGUE, "")
+    for before, after in REPLACED.items():
+        context["body"] = context.get("body", "").replace(before, after)
     if navigation := context.get("generate_toctree_html"):
         context["generate_toctree_html"] = lambda **options: str(navigation(**options)).replace(
             "<summary>", '<summary aria-label="The pages of this chapter">'
@@ -17,7 +24,8 @@ def name_controls(app, pagename, templatename, context, doctree) -> None:
 
 def mark_single_lines(app, doctree, docname) -> None:
     """Mark outputs of one line, which may break on a narrow screen: no columns get lost."""
-    for cell in doctree.findall(lambda n: "cell_output" in getattr(n, "attributes", {}).get("classes", ())):
+    cells = (node for node in doctree.findall(nodes.container) if "cell_output" in node["classes"])
+    for cell in cells:
         for output in cell.findall(nodes.literal_block):
             if "\n" not in output.astext().strip():
                 output["classes"].append("one-line")

@@ -26,8 +26,8 @@
     const inline = all(".bd-article span.math");
     inline.forEach((formula) => formula.classList.remove("wide"));
     const wide = inline.filter((formula) => {
-      const column = formula.closest("p, li, dd, td, th, figcaption, h1, h2, h3, h4");
-      if (!column || column.matches("td, th")) return false;
+      const column = formula.closest("p, li, dd, figcaption, h1, h2, h3, h4");
+      if (!column || formula.closest("table")) return false;
       const edge = column.getBoundingClientRect().right + 1;
       return [...formula.querySelectorAll("mjx-container *")].some(
         (part) => part.getBoundingClientRect().right > edge && !part.closest("mjx-assistive-mml"));
