@@ -2,8 +2,8 @@
 
 The theme and the extensions bring about 500 kB of styles, most of them for things that no page here
 has, and 1.9 MB of icons, of which a page shows a dozen. Here the rules that can apply are collected
-in one style sheet (`book.css` draws the icons), scripts wait until the page is shown, and MathJax is
-on pages with mathematics only.
+in one style sheet (`icons.css` draws the icons), scripts and pictures wait until the page is shown,
+and MathJax is on pages with mathematics only.
 """
 
 import re
@@ -14,11 +14,9 @@ import tinycss2
 
 # The theme's own sheets, which its template names; those of the extensions come after them.
 THEME_STYLES = ("basic.css", "styles/bootstrap.css", "styles/pydata-sphinx-theme.css")
-# What of Bootstrap's script is never called here, so that its words keep no rule.
-UNUSED = re.compile(
-    r"\.(accordion|alert|badge|btn-close|carousel|modal|offcanvas|toast|popover|placeholder|progress"
-    r"|spinner|form-(check|floating|range|select)|input-group|list-group|pagination|card|sd)\b"
-)
+# What scripts set on a page later. Of Bootstrap's script, which knows far more parts than pages here
+# have, only the tooltips and the menus are used.
+SET_LATER = {"active", "fade", "show", "tooltip", "tooltip-arrow", "tooltip-inner"}
 
 
 def trim_head(app, pagename, templatename, context, doctree) -> None:
@@ -38,33 +36,78 @@ def trim_head(app, pagename, templatename, context, doctree) -> None:
         if re.search("mathjax|MathJax", name + body) and not mathematics:
             continue
         if name and pagename != "search":
-            script.attributes["defer"] = "defer"
+            script.attributes.update(defer="defer", fetchpriority="low")
         kept.setdefault((name, body), script)
     context["script_files"] = list(kept.values())
-    names = [str(style.filename) for style in context.get("css_files", [])]
-    app.site_styles = [*THEME_STYLES, *(n.removeprefix("_static/") for n in names)]
+    # pictures come after the words; book.js asks for all of them once the page is shown, for paper
+    context["body"] = context.get("body", "").replace("<img ", '<img loading="lazy" ')
+    names = [str(style.filename).removeprefix("_static/") for style in context["css_files"]]
+    app.site_styles = [*THEME_STYLES, *(n for n in names if not re.search("thebe|design", n))]
     context["css_files"] = []
 
 
-def used_rules(rules: list, words: set[str]) -> str:
-    """Return those rules of a style sheet, as text, that can apply to a page with these words."""
+def write_site_style(app, exception) -> None:
+    """Write the one style sheet of the site, and take away what no page loads."""
+    if exception or app.builder.format != "html" or not hasattr(app, "site_styles"):
+        return
+    static = Path(app.outdir) / "_static"
+    styles = [(static / name).read_text("utf-8") for name in dict.fromkeys(app.site_styles)]
+    pages = " ".join(path.read_text("utf-8") for path in Path(app.outdir).rglob("*.html"))
+    variables = set(re.findall(r"var\(\s*(--[\w-]+)", pages + " ".join(styles)))
+    words = words_of_site(pages, [*static.glob("*.js"), static / "scripts/pydata-sphinx-theme.js"])
+    parts = []
+    for style in styles:
+        rules = tinycss2.parse_stylesheet(style, skip_comments=True, skip_whitespace=True)
+        parts.append(used_rules([r for r in rules if not is_charset(r)], words, variables))
+    (static / "site.css").write_text("\n".join(parts), "utf-8")
+    shutil.rmtree(static / "vendor", ignore_errors=True)
+    for unused in (*static.rglob("*.map"), *static.glob("*thebe*"), *static.glob("*design*")):
+        unused.unlink()
+
+
+def words_of_site(pages: str, scripts: list[Path]) -> set[str]:
+    """Return the classes and ids of all pages, and all words of the scripts."""
+    text = [path.read_text("utf-8") for path in scripts if path.name != "search_texts.js"]
+    text += re.findall(r"<script[^>]*>.*?</script>", pages, re.DOTALL)
+    text += re.findall(r'\s(?:class|id)="([^"]*)"', pages)
+    return SET_LATER.union(re.findall(r"[\w-]+", " ".join(text)))
+
+
+def used_rules(rules: list, words: set[str], variables: set[str]) -> str:
+    """Return those rules of a style sheet, as text, that can apply to a page with these words.
+
+    Args:
+        rules: the rules, parsed.
+        words: the classes and ids of the site.
+        variables: the names of the custom properties that are read anywhere.
+    """
     kept = []
     for rule in rules:
         if rule.type == "qualified-rule":
             selectors = split_selectors(tinycss2.serialize(rule.prelude))
-            used = [selector for selector in selectors if can_match(selector, words)]
-            if used:
-                kept.append(f"{','.join(used)}{{{tinycss2.serialize(rule.content).strip()}}}")
+            used = ",".join(selector for selector in selectors if can_match(selector, words))
+            if used and (text := used_declarations(rule.content, variables)):
+                kept.append(f"{used}{{{text}}}")
         elif rule.type == "at-rule" and rule.lower_at_keyword in ("media", "supports"):
             inner = tinycss2.parse_rule_list(rule.content, skip_comments=True, skip_whitespace=True)
-            if text := used_rules(inner, words):
-                head = tinycss2.serialize(rule.prelude).strip()
-                kept.append(f"@{rule.at_keyword} {head}{{{text}}}")
+            if text := used_rules(inner, words, variables):
+                condition = tinycss2.serialize(rule.prelude).strip()
+                kept.append(f"@{rule.at_keyword} {condition}{{{text}}}")
         elif rule.type == "at-rule":
             kept.append(rule.serialize())
         else:
             raise ValueError(f"a rule that is no rule: {rule.serialize()[:80]}")
     return "\n".join(kept)
+
+
+def used_declarations(content: list, variables: set[str]) -> str:
+    """Return the declarations of a rule, without custom properties that nobody reads."""
+    found = tinycss2.parse_declaration_list(content, skip_comments=True, skip_whitespace=True)
+    return ";".join(
+        f"{each.name}:{tinycss2.serialize(each.value).strip()}{'!important' * each.important}"
+        for each in found
+        if each.type == "declaration" and (each.name[:2] != "--" or each.name in variables)
+    )
 
 
 def split_selectors(prelude: str) -> list[str]:
@@ -73,32 +116,10 @@ def split_selectors(prelude: str) -> list[str]:
 
 
 def can_match(selector: str, words: set[str]) -> bool:
-    """Whether all classes and ids of a selector, but for negated ones, are words of the site."""
-    asked = re.sub(r":(not|is|where)\([^()]*\)|\[[^]]*\]", "", selector)
+    """Whether all classes and ids of a selector, but for those in brackets, are words of the site."""
+    asked = re.sub(r":(not|is|where|has)\([^()]*\)|\[[^]]*\]", "", selector)
     names = re.findall(r"[.#]((?:[\w-]|\\.)+)", asked)
-    return all(re.sub(r"\\(.)", r"\1", name) in words for name in names) and not (
-        UNUSED.search(asked)
-    )
-
-
-def write_site_style(app, exception) -> None:
-    """Write the one style sheet of the site, and take away what no page loads."""
-    if exception or app.builder.format != "html" or not hasattr(app, "site_styles"):
-        return
-    static = Path(app.outdir) / "_static"
-    sources = [*Path(app.outdir).rglob("*.html"), *static.rglob("*.js")]
-    vendor = static / "vendor"
-    text = " ".join(path.read_text("utf-8") for path in sources if vendor not in path.parents)
-    words = set(re.findall(r"[\w-]+", text))
-    parts = []
-    for name in dict.fromkeys(app.site_styles):
-        style = (static / name).read_text("utf-8")
-        rules = tinycss2.parse_stylesheet(style, skip_comments=True, skip_whitespace=True)
-        parts.append(used_rules([rule for rule in rules if not is_charset(rule)], words))
-    (static / "site.css").write_text("\n".join(parts), "utf-8")
-    shutil.rmtree(vendor, ignore_errors=True)
-    for unused in (*static.rglob("*.map"), *static.glob("*thebe*"), *static.glob("*design*")):
-        unused.unlink()
+    return all(re.sub(r"\\(.)", r"\1", name) in words for name in names)
 
 
 def is_charset(rule) -> bool:

@@ -57,6 +57,7 @@
     for (const button of all("button.toggle-button")) {
       button.setAttribute("aria-label", button.closest(".admonition-title").textContent.trim());
     }
+    for (const picture of all("img[loading=lazy]")) picture.loading = "eager";
     await window.MathJax?.startup?.promise;
     await document.fonts.ready;
     soon();
