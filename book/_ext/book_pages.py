@@ -25,9 +25,7 @@ class IdeaMap(SphinxDirective):
         """Return the map as one block of HTML."""
         self.env.note_reread()  # for chapters written since the last build
         steps = yaml.safe_load("\n".join(self.content))
-        items = "".join(
-            self._item(number, step) for number, step in enumerate(steps, start=1)
-        )
+        items = "".join(self._item(number, step) for number, step in enumerate(steps, start=1))
         return [nodes.raw("", f'<ol class="idea-map">{items}</ol>', format="html")]
 
     def _item(self, number: int, step: dict) -> str:

@@ -31,7 +31,11 @@ def characters(tex: str) -> str:
     """Write a formula in plain characters, as well as they can."""
     text = re.sub(r"\\(?:begin|end)\{[^}]*\}", " ", tex)
     for name, accent in ACCENTS.items():
-        text = re.sub(rf"\\{name}\s*\{{?\s*(\\?[A-Za-z]+?)(?![a-z])\}}?", rf"\1{accent}", text)
+        text = re.sub(
+            rf"\\{name}\s*\{{?\s*(\\?[A-Za-z]+?)(?![a-z])\}}?",
+            rf"\1{accent}",
+            text,
+        )
     for _ in range(3):  # a fraction may stand in a fraction
         text = re.sub(rf"\\t?frac\s*{GROUP}\s*{GROUP}", r"(\1)/(\2)", text)
     text = re.sub(r"\\t?frac\s*(\\?[A-Za-z]+|\d)\s*(\w)", r"\1/\2", text)
@@ -102,4 +106,8 @@ def setup(app) -> dict:
     """Register with Sphinx."""
     app.connect("html-page-context", describe)
     app.connect("build-finished", write_search_texts, priority=600)
-    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
+    return {
+        "version": "1",
+        "parallel_read_safe": True,
+        "parallel_write_safe": True,
+    }

@@ -13,9 +13,13 @@ from pathlib import Path
 import tinycss2
 
 # The theme's own sheets, which its template names; those of the extensions come after them.
-THEME_STYLES = ("basic.css", "styles/bootstrap.css", "styles/pydata-sphinx-theme.css")
-# What scripts set on a page later. Of Bootstrap's script, which knows far more parts than pages here
-# have, only the tooltips and the menus are used.
+THEME_STYLES = (
+    "basic.css",
+    "styles/bootstrap.css",
+    "styles/pydata-sphinx-theme.css",
+)
+# What scripts set on a page later. Of Bootstrap's script, which knows far more parts than a page
+# here has, only tooltips and menus are used.
 SET_LATER = {"active", "fade", "show", "tooltip", "tooltip-arrow", "tooltip-inner"}
 
 
@@ -42,7 +46,10 @@ def trim_head(app, pagename, templatename, context, doctree) -> None:
     # pictures come after the words; book.js asks for all of them once the page is shown, for paper
     context["body"] = context.get("body", "").replace("<img ", '<img loading="lazy" ')
     names = [str(style.filename).removeprefix("_static/") for style in context["css_files"]]
-    app.site_styles = [*THEME_STYLES, *(n for n in names if not re.search("thebe|design", n))]
+    app.site_styles = [
+        *THEME_STYLES,
+        *(n for n in names if not re.search("thebe|design", n)),
+    ]
     context["css_files"] = []
 
 
@@ -61,7 +68,11 @@ def write_site_style(app, exception) -> None:
         parts.append(used_rules([r for r in rules if not is_charset(r)], words, variables))
     (static / "site.css").write_text("\n".join(parts), "utf-8")
     shutil.rmtree(static / "vendor", ignore_errors=True)
-    for unused in (*static.rglob("*.map"), *static.glob("*thebe*"), *static.glob("*design*")):
+    for unused in (
+        *static.rglob("*.map"),
+        *static.glob("*thebe*"),
+        *static.glob("*design*"),
+    ):
         unused.unlink()
 
 
@@ -70,7 +81,8 @@ def words_of_site(pages: str, scripts: list[Path]) -> set[str]:
     text = [path.read_text("utf-8") for path in scripts if path.name != "search_texts.js"]
     text += re.findall(r"<script[^>]*>.*?</script>", pages, re.DOTALL)
     text += re.findall(r'\s(?:class|id)="([^"]*)"', pages)
-    return SET_LATER.union(re.findall(r"[\w-]+", " ".join(text)))
+    # the page that whole_book.py prints is made of the others
+    return SET_LATER.union(["whole-book"], re.findall(r"[\w-]+", " ".join(text)))
 
 
 def used_rules(rules: list, words: set[str], variables: set[str]) -> str:
@@ -88,7 +100,10 @@ def used_rules(rules: list, words: set[str], variables: set[str]) -> str:
             used = ",".join(selector for selector in selectors if can_match(selector, words))
             if used and (text := used_declarations(rule.content, variables)):
                 kept.append(f"{used}{{{text}}}")
-        elif rule.type == "at-rule" and rule.lower_at_keyword in ("media", "supports"):
+        elif rule.type == "at-rule" and rule.lower_at_keyword in (
+            "media",
+            "supports",
+        ):
             inner = tinycss2.parse_rule_list(rule.content, skip_comments=True, skip_whitespace=True)
             if text := used_rules(inner, words, variables):
                 condition = tinycss2.serialize(rule.prelude).strip()
@@ -116,7 +131,7 @@ def split_selectors(prelude: str) -> list[str]:
 
 
 def can_match(selector: str, words: set[str]) -> bool:
-    """Whether all classes and ids of a selector, but for those in brackets, are words of the site."""
+    """Whether all classes and ids of a selector, but for those in brackets, are known words."""
     asked = re.sub(r":(not|is|where|has)\([^()]*\)|\[[^]]*\]", "", selector)
     names = re.findall(r"[.#]((?:[\w-]|\\.)+)", asked)
     return all(re.sub(r"\\(.)", r"\1", name) in words for name in names)
@@ -132,4 +147,8 @@ def setup(app) -> dict:
     app.connect("html-page-context", trim_head, priority=900)
     # after the theme, which writes its colours of code when the build has finished
     app.connect("build-finished", write_site_style, priority=900)
-    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
+    return {
+        "version": "1",
+        "parallel_read_safe": True,
+        "parallel_write_safe": True,
+    }

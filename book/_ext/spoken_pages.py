@@ -35,4 +35,8 @@ def setup(app) -> dict:
     """Register with Sphinx."""
     app.connect("html-page-context", name_controls, priority=900)
     app.connect("doctree-resolved", mark_single_lines)
-    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
+    return {
+        "version": "1",
+        "parallel_read_safe": True,
+        "parallel_write_safe": True,
+    }
