@@ -97,7 +97,7 @@ def write_search_texts(app, exception) -> None:
         return
     env = app.env
     pages = {name: env.get_and_resolve_doctree(name, app.builder) for name in env.found_docs}
-    texts = {name: " ¶ ".join(page_text(page)) for name, page in pages.items()}
+    texts = {name: " ".join(page_text(page)) for name, page in pages.items()}
     script = f"window.searchTexts = {json.dumps(texts, ensure_ascii=False, sort_keys=True)};\n"
     (Path(app.outdir) / "_static" / "search_texts.js").write_text(script, "utf-8")
 

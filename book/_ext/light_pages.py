@@ -40,7 +40,9 @@ def trim_head(app, pagename, templatename, context, doctree) -> None:
         if re.search("mathjax|MathJax", name + body) and not mathematics:
             continue
         if name and pagename != "search":
-            script.attributes.update(defer="defer", fetchpriority="low")
+            # a script of its own: all pages share the one that is given
+            waiting = {**script.attributes, "defer": "defer", "fetchpriority": "low"}
+            script = type(script)(script.filename, priority=script.priority, **waiting)
         kept.setdefault((name, body), script)
     context["script_files"] = list(kept.values())
     # pictures come after the words; book.js asks for all of them once the page is shown, for paper

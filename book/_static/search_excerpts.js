@@ -31,11 +31,15 @@
     paragraph.append(text.slice(from, end), end < text.length ? " …" : "");
     return paragraph;
   };
-  new MutationObserver((changes) => {
+  const results = new MutationObserver((changes) => {
     for (const item of changes.flatMap((change) => [...change.addedNodes])) {
       const link = item.nodeName === "LI" && item.querySelector("a");
       const text = link && window.searchTexts[link.getAttribute("href").split(".html")[0]];
       if (text) item.append(excerpt(text));
     }
-  }).observe(document.getElementById("search-results"), { childList: true, subtree: true });
+  });
+  document.addEventListener("DOMContentLoaded", () => {
+    const list = document.getElementById("search-results");
+    results.observe(list, { childList: true, subtree: true });
+  });
 })();
