@@ -9,7 +9,7 @@ HOME_PAGE := $(CURDIR)/_build/html/index.html
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help book lab test test-fast test-gpu bench execute clean
+.PHONY: help book pdf lab test test-fast test-gpu bench execute clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1 \2/p' Makefile | awk '{ printf "%s %-10s", $$1, $$2; $$1 = $$2 = ""; print }'
@@ -26,6 +26,10 @@ book: $(READY)  ## build the book, print where it is, and open it
 	@echo "The book: file://$(HOME_PAGE)"
 	@if [ -z "$$CI" ] && { [ "$$(uname)" = Darwin ] || [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ]; }; then \
 		$(BIN)/python -m webbrowser "file://$(HOME_PAGE)" >/dev/null 2>&1 || true; fi
+
+pdf: $(READY)  ## build the book, and all of it as one PDF, linked from the front page; needs Chromium
+	@$(BIN)/jupyter-book build . -W -n --keep-going --quiet
+	@$(BIN)/python book/_ext/whole_book.py _build/html
 
 # in a container one is often root, where JupyterLab wants to be told that this is meant
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)

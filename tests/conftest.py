@@ -1,7 +1,10 @@
 """Settings of all tests, those of the notebooks included."""
 
 import os
+import shutil
 import statistics
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -37,6 +40,19 @@ def as_a_user():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """The built book, every warning an error."""
+    folder, root = tmp_path_factory.mktemp("book"), Path(__file__).parents[1]
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(root / name, folder)
+    shutil.copytree(root / "book", folder / "book", ignore=shutil.ignore_patterns(".*"))
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", folder, "-W", "-n", "-q"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder / "_build" / "html"
 
 
 def pace():

@@ -1,8 +1,7 @@
 """The book as a reader meets it: complete, executed in order, self-contained, and linked."""
 
+import json
 import re
-import shutil
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,6 +12,9 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "book/_ext"))
+import whole_book  # noqa: E402
+
 BOOK = ROOT / "book"
 NOTEBOOKS = sorted(BOOK.glob("*.ipynb"))
 REPOSITORY = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
@@ -163,19 +165,6 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """The built book, every warning an error."""
-    folder = tmp_path_factory.mktemp("book")
-    for name in ("_config.yml", "_toc.yml"):
-        shutil.copy(ROOT / name, folder)
-    shutil.copytree(BOOK, folder / "book", ignore=shutil.ignore_patterns(".*"))
-    command = [Path(sys.executable).with_name("jupyter-book"), "build", folder, "-W", "-n", "-q"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return folder / "_build" / "html"
-
-
-@pytest.fixture(scope="module")
 def pages(site):
     # _static holds a template of the theme that is no page
     paths = [path for path in site.rglob("*.html") if "_static" not in path.parts]
@@ -199,6 +188,55 @@ def test_no_page_loads_anything_from_outside(site, pages):
         assert not re.search(r"(url\(|@import\s*)[\"']?(https?:)?//", style.read_text("utf-8")), (
             style
         )
+
+
+@pytest.mark.slow
+def test_pages_say_what_they_are(site):
+    owner, name = REPOSITORY.removeprefix("https://github.com/").split("/")
+    for page in toc_pages():
+        html = (site / f"{page}.html").read_text("utf-8")
+        assert len(re.search('<meta name="description" content="([^"]+)"', html)[1]) > 40
+        assert re.search('<meta property="og:title" content="[^"]+"', html)
+        assert re.search('<meta property="og:description" content="[^"]+"', html)
+        picture = re.search('<meta property="og:image" content="([^"]+)"', html)[1]
+        address = f"https://{owner}.github.io/{name}/"
+        assert picture.startswith(address)
+        assert (site / picture.removeprefix(address)).is_file()
+    assert not (site / "genindex.html").exists()
+
+
+@pytest.mark.slow
+def test_the_one_style_sheet_holds_what_was_written_last(site):
+    """The theme writes its colours of code when all else is done; they must not be missed."""
+    style = (site / "_static/site.css").read_text("utf-8")
+    for wanted in (
+        'html[data-theme="dark"] .highlight .k',
+        ".fa-magnifying-glass",
+        ".chapter-card",
+    ):
+        assert wanted in style
+    assert "fontawesome" not in style
+    assert not list((site / "_static").rglob("*fontawesome*"))
+
+
+@pytest.mark.slow
+def test_texts_of_the_search_hold_no_tex(site):
+    script = (site / "_static/search_texts.js").read_text("utf-8")
+    texts = json.loads(script.removeprefix("window.searchTexts = ").removesuffix(";\n"))
+    assert set(texts) == set(toc_pages())
+    for page, text in texts.items():
+        assert not re.search(r"\\(\(|\)|frac|bar|Delta|mathrm|begin|left|right)", text), page
+    assert "B̄ = Δ B" in texts["book/02_discretisation"]
+
+
+@pytest.mark.slow
+def test_the_whole_book_has_all_pages_in_order(site):
+    page = whole_book.whole_book(site, ROOT)
+    names = [Path(name).name for name in toc_pages()]
+    places = [page.index(f'id="{name}--"') for name in names]
+    assert places == sorted(places)
+    ids = re.findall(r'\sid="([^"]+)"', page)
+    assert set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
 
 
 @pytest.mark.slow

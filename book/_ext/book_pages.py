@@ -1,4 +1,4 @@
-"""What pages need beyond Jupyter Book: the map of ideas, and cleaner heads."""
+"""What the front page needs beyond Jupyter Book: the map of ideas."""
 
 from html import escape
 from pathlib import Path
@@ -25,9 +25,7 @@ class IdeaMap(SphinxDirective):
         """Return the map as one block of HTML."""
         self.env.note_reread()  # for chapters written since the last build
         steps = yaml.safe_load("\n".join(self.content))
-        items = "".join(
-            self._item(number, step) for number, step in enumerate(steps, start=1)
-        )
+        items = "".join(self._item(number, step) for number, step in enumerate(steps, start=1))
         return [nodes.raw("", f'<ol class="idea-map">{items}</ol>', format="html")]
 
     def _item(self, number: int, step: dict) -> str:
@@ -49,27 +47,9 @@ class IdeaMap(SphinxDirective):
         return f'<li>{label}<div class="box">{box}</div></li>'
 
 
-def drop_unused_scripts(app, pagename, templatename, context, doctree) -> None:
-    """Keep each script once, and none of Thebe, which the book does not use.
-
-    Sphinx 7 puts the scripts of some extensions on a page twice, and Thebe's
-    settings name an outside host.
-    """
-    kept = {}
-    for script in context.get("script_files", []):
-        body = getattr(script, "attributes", {}).get("body") or ""
-        name = str(getattr(script, "filename", None) or script)
-        if "thebe" not in name and "THEBE" not in body and "thebe" not in body:
-            kept.setdefault((name, body), script)
-    context["script_files"] = list(kept.values())
-    styles = context.get("css_files", [])
-    context["css_files"] = [style for style in styles if "thebe" not in str(style)]
-
-
 def setup(app) -> dict:
     """Register with Sphinx."""
     app.add_directive("idea-map", IdeaMap)
-    app.connect("html-page-context", drop_unused_scripts, priority=900)
     return {
         "version": "1",
         "parallel_read_safe": True,

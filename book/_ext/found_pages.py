@@ -1,0 +1,113 @@
+"""What finds the book: a description and a picture of each page, and the words around a result.
+
+A page opened as a file may not read other files, so the search page brings the text of all pages
+with it. Formulas stand there in characters, not in TeX.
+"""
+
+import json
+import re
+import unicodedata
+from html import escape
+from pathlib import Path
+
+from docutils import nodes
+
+SIGNS = {
+    "cdot": "·", "times": "×", "pm": "±", "oplus": "⊕", "odot": "⊙", "wedge": "∧", "in": "∈",
+    "ni": "∋", "to": "→", "mapsto": "↦", "leftarrow": "←", "Longrightarrow": "⟹", "infty": "∞",
+    "approx": "≈", "le": "≤", "ge": "≥", "ne": "≠", "partial": "∂", "sum": "Σ", "prod": "Π",
+    "int": "∫", "sqrt": "√", "ell": "ℓ", "dots": "…", "cdots": "…", "vdots": "…", "ddots": "…",
+    "lvert": "|", "rvert": "|", "varepsilon": "ε", "varphi": "φ",
+}  # fmt: skip
+ACCENTS = {"bar": "\u0304", "tilde": "\u0303", "hat": "\u0302"}
+LAYOUT = re.compile(
+    r"\\(left|right|big[lr]?|Big[lr]?|text(style)?|math(rm|sf)|operatorname|q?quad|underbrace)"
+    r"(?![a-z])|\\[,;!:]|\\\\|&"
+)
+GROUP = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
+
+
+def characters(tex: str) -> str:
+    """Write a formula in plain characters, as well as they can."""
+    text = re.sub(r"\\(?:begin|end)\{[^}]*\}", " ", tex)
+    for name, accent in ACCENTS.items():
+        text = re.sub(
+            rf"\\{name}\s*\{{?\s*(\\?[A-Za-z]+?)(?![a-z])\}}?",
+            rf"\1{accent}",
+            text,
+        )
+    for _ in range(3):  # a fraction may stand in a fraction
+        text = re.sub(rf"\\t?frac\s*{GROUP}\s*{GROUP}", r"(\1)/(\2)", text)
+    text = re.sub(r"\\t?frac\s*(\\?[A-Za-z]+|\d)\s*(\w)", r"\1/\2", text)
+    text = LAYOUT.sub(" ", text).replace("{", "").replace("}", "")
+    return " ".join(re.sub(r"\\([A-Za-z]+)", sign, text).replace("\\", "").split())
+
+
+def sign(match: re.Match) -> str:
+    """Return the character of a command of TeX, or its name as a word."""
+    name = match[1]
+    if name in SIGNS:
+        return SIGNS[name]
+    case = "CAPITAL" if name[0].isupper() else "SMALL"
+    letter = {"lambda": "lamda"}.get(name.lower(), name.lower())  # as Unicode spells it
+    try:
+        return unicodedata.lookup(f"GREEK {case} LETTER {letter.upper()}")
+    except KeyError:
+        return f"{name} "
+
+
+def page_text(doctree: nodes.document) -> list[str]:
+    """Return the paragraphs, titles, captions and listings of a page."""
+    doctree = doctree.deepcopy()
+    for formula in list(doctree.findall(lambda n: isinstance(n, (nodes.math, nodes.math_block)))):
+        formula.replace_self(nodes.inline("", characters(formula.astext())))
+    for raw in list(doctree.findall(nodes.raw)):
+        raw.parent.remove(raw)
+    blocks = doctree.findall(
+        lambda n: isinstance(n, nodes.TextElement) and not isinstance(n.parent, nodes.TextElement)
+    )
+    return [text for block in blocks if (text := " ".join(block.astext().split()))]
+
+
+def describe(app, pagename, templatename, context, doctree) -> None:
+    """Put a description and a picture into the head of a page; bring the texts to the search."""
+    if pagename == "search":
+        app.add_js_file("search_texts.js")
+        app.add_js_file("search_excerpts.js")
+    if doctree is None:
+        return
+    title = re.sub("<[^>]*>", "", context["title"])
+    about = f"{title}, a page of the book {app.config.html_title}"
+    if not any(doctree.findall(nodes.citation)):
+        about = next((text for text in page_text(doctree) if len(text) > 60), about)
+    if len(about) > 200:
+        about = about[:200].rpartition(" ")[0] + " …"
+    pictures = re.findall(r'<img [^>]*src="(?:\.\./)*(_images/[^"]+\.png)"', context["body"])
+    picture = app.config.html_baseurl + (pictures or ["_static/screenshot.png"])[0]
+    values = {"type": "article", "title": title, "description": about, "image": picture,
+              "site_name": app.config.html_title, "url": context.get("pageurl") or ""}  # fmt: skip
+    tags = [f'<meta name="description" content="{escape(about)}" />']
+    tags += [f'<meta property="og:{k}" content="{escape(v)}" />' for k, v in values.items()]
+    context["metatags"] = context.get("metatags", "") + "\n    " + "\n    ".join(tags)
+
+
+def write_search_texts(app, exception) -> None:
+    """Write the text of all pages where the search page finds it."""
+    if exception or app.builder.format != "html":
+        return
+    env = app.env
+    pages = {name: env.get_and_resolve_doctree(name, app.builder) for name in env.found_docs}
+    texts = {name: " ".join(page_text(page)) for name, page in pages.items()}
+    script = f"window.searchTexts = {json.dumps(texts, ensure_ascii=False, sort_keys=True)};\n"
+    (Path(app.outdir) / "_static" / "search_texts.js").write_text(script, "utf-8")
+
+
+def setup(app) -> dict:
+    """Register with Sphinx."""
+    app.connect("html-page-context", describe)
+    app.connect("build-finished", write_search_texts, priority=600)
+    return {
+        "version": "1",
+        "parallel_read_safe": True,
+        "parallel_write_safe": True,
+    }

@@ -1,0 +1,42 @@
+"""What pages say to those who hear them, and how lines that stand alone are marked."""
+
+from docutils import nodes
+
+REPLACED = {
+    # a label that hides the words "Show code cell source", which say more
+    ' aria-label="Toggle hidden content"': "",
+    # the corner of a table is no heading of anything
+    '<th class="head"><p></p></th>': "<td></td>",
+    # a role that is no longer one
+    'role="doc-biblioentry"': 'role="listitem"',
+}
+
+
+def name_controls(app, pagename, templatename, context, doctree) -> None:
+    """Let what opens something be called by what it opens."""
+    for before, after in REPLACED.items():
+        context["body"] = context.get("body", "").replace(before, after)
+    if navigation := context.get("generate_toctree_html"):
+        context["generate_toctree_html"] = lambda **options: str(navigation(**options)).replace(
+            "<summary>", '<summary aria-label="The pages of this chapter">'
+        )
+
+
+def mark_single_lines(app, doctree, docname) -> None:
+    """Mark outputs of one line, which may break on a narrow screen: no columns get lost."""
+    cells = (node for node in doctree.findall(nodes.container) if "cell_output" in node["classes"])
+    for cell in cells:
+        for output in cell.findall(nodes.literal_block):
+            if "\n" not in output.astext().strip():
+                output["classes"].append("one-line")
+
+
+def setup(app) -> dict:
+    """Register with Sphinx."""
+    app.connect("html-page-context", name_controls, priority=900)
+    app.connect("doctree-resolved", mark_single_lines)
+    return {
+        "version": "1",
+        "parallel_read_safe": True,
+        "parallel_write_safe": True,
+    }

@@ -1,0 +1,131 @@
+"""Figures that move stand still without JavaScript: as they are before anybody moves them.
+
+The templates `slider.html` and `stepper.html` of the package draw in the browser what they are
+given as JSON. Here the first state of each is drawn once more, for browsers that run no scripts.
+"""
+
+import json
+import math
+import re
+from html import escape
+
+FIGURE = re.compile(
+    r"<noscript>[^<]*</noscript>(\s*<script type=\"application/json\">(.*?)</script>)",
+    re.DOTALL,
+)
+
+
+def still(match: re.Match) -> str:
+    """Return what stands in the place of the note that JavaScript is needed."""
+    data = json.loads(match[2])
+    drawn, key, words = step(data) if "steps" in data else curves(data)
+    label = escape(data["description"], quote=True)
+    svg = f'<svg viewBox="0 0 640 250" role="img" aria-label="{label}">{drawn}</svg>'
+    return f'<noscript><div class="key">{key}</div>{svg}<p>{escape(words)}</p></noscript>{match[1]}'
+
+
+def text(x: float, y: float, words, anchor: str = "middle") -> str:
+    """Return a text of the figure."""
+    words = words if isinstance(words, str) else f"{words:g}".replace("-", "−")
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+def curves(data: dict) -> tuple[str, str, str]:
+    """Draw the curves of a slider: the drawing, its key, and what is said about it."""
+    moving = {name: states[data["start"]] for name, states in data["moving"].items()}
+    everything = [
+        *data["fixed"].values(),
+        *(c for s in data["moving"].values() for c in s),
+    ]
+    values = [value for curve in everything for value in curve if value is not None]
+    low, high = min(values), max(values)
+    width = 600 / len(data["x"])
+
+    def y(value):
+        return 208 - 200 * (value - low) / (high - low)
+
+    def path(curve):
+        pen, parts = "M", []
+        for i, value in enumerate(curve):
+            if value is None:
+                pen = "M"
+                continue
+            x = 34 + (i + 0.5 * data["smooth"]) * width
+            stair = "" if data["smooth"] else f"h{width:.2f}"
+            parts.append(f"{pen}{x:.1f} {y(value):.1f}{stair}")
+            pen = "L"
+        return "".join(parts)
+
+    drawn, key = "", ""
+    for value in sorted({math.ceil(low), 0, math.floor(high)}):
+        if low - 0.3 * (high - low) <= value <= high + 0.3 * (high - low):
+            drawn += f'<line x1="34" x2="634" y1="{y(value):.1f}" y2="{y(value):.1f}" />'
+            drawn += text(26, y(value) + 4, value, "end")
+    for i in range(0, len(data["x"]), math.ceil(len(data["x"]) / 8)):
+        drawn += text(34 + (i + 0.5) * width, 227, data["x"][i])
+    drawn += text(334, 248, data["xlabel"])
+    for kinds, group in (
+        (("still", "still dashed"), data["fixed"]),
+        (("moving", "moving second"), moving),
+    ):
+        for i, (name, curve) in enumerate(group.items()):
+            kind = kinds[min(i, 1)]
+            dashes = ' stroke-dasharray="6 4"' if "dashed" in kind else ""
+            drawn += f'<path class="{kind}" d="{path(curve)}"{dashes} />'
+            key += f'<span class="{kind}">{escape(name)}</span>'
+    state = f"{data['label']} = {data['values'][data['start']]}. {data['notes'][data['start']]}"
+    return drawn, key, state
+
+
+def step(data: dict) -> tuple[str, str, str]:
+    """Draw one step of a scan: the drawing, its key (it has none), and what is said about it."""
+    now = data["start"]
+    after, before = data["steps"][now], data["steps"][max(0, now - 1)]
+    places = len(after["intervals"])
+    pitch = 600 / places
+    cell = min(11, (pitch - 8) / places)
+
+    def x(place):
+        return 20 + (place + 0.5) * pitch
+
+    def row(intervals, top, changed):
+        drawn = ""
+        for place, (first, stop) in enumerate(intervals):
+            for i in range(places):
+                kind = ("new" if changed(place) else "held") if first <= i < stop else ""
+                left = x(place) + (i - places / 2) * cell
+                size = f'width="{cell - 1:.1f}" height="20"'
+                drawn += f'<rect class="{kind}" x="{left:.1f}" y="{top}" {size} />'
+            names = {0: "identity", 1: f"{first}"}
+            drawn += text(x(place), top + 36, names.get(stop - first, f"{first}…{stop - 1}"))
+        return drawn
+
+    drawn = ""
+    if now:
+        drawn += row(before["intervals"], 24, lambda place: False)
+        for left, right, to in after["joined"]:
+            for kind, start in (("early", left), ("", right)):
+                drawn += (
+                    f'<line class="{kind}" x1="{x(start):.1f}" y1="66" x2="{x(to):.1f}" y2="170" />'
+                )
+    drawn += row(
+        after["intervals"],
+        176,
+        lambda place: now and after["intervals"][place] != before["intervals"][place],
+    )
+    return drawn, "", f"Step {now} of {len(data['steps']) - 1}. {after['note']}"
+
+
+def draw_stills(app, pagename, templatename, context, doctree) -> None:
+    """Put the still figures into a page."""
+    context["body"] = FIGURE.sub(still, context.get("body", ""))
+
+
+def setup(app) -> dict:
+    """Register with Sphinx."""
+    app.connect("html-page-context", draw_stills)
+    return {
+        "version": "1",
+        "parallel_read_safe": True,
+        "parallel_write_safe": True,
+    }

@@ -1,0 +1,75 @@
+// What the pages need of JavaScript beyond the theme's: formulas, tables and pictures that scroll can
+// be reached with the keyboard, buttons say what they show, and paper is white.
+(() => {
+  const page = document.documentElement;
+  const all = (selector) => [...document.querySelectorAll(selector)];
+
+  if (window.MathJax?.loader) {
+    // this part of MathJax sets an option of its menu, which is not here, and MathJax would complain
+    window.MathJax.loader["a11y/assistive-mml"] = {
+      ready: () => delete window.MathJax.config.options.menuOptions,
+    };
+  }
+
+  // What scrolls by itself where it is wider than the page, and what it is called.
+  const scrollers = {
+    ".bd-article mjx-container[display='true']": "formula",
+    ".bd-article span.math.wide": "formula",
+    ".pst-scrollable-table-container": "table",
+    ".bd-article .cell_output figure": "figure",
+    ".mamba-stepper .frame": "figure",
+    ".bd-article pre": "code or output",
+  };
+
+  const measure = () => {
+    // a formula in a line breaks at its signs; only a piece wider than the column must scroll
+    const inline = all(".bd-article span.math");
+    inline.forEach((formula) => formula.classList.remove("wide"));
+    const wide = inline.filter((formula) => {
+      const column = formula.closest("p, li, dd, figcaption, h1, h2, h3, h4");
+      if (!column || formula.closest("table")) return false;
+      const edge = column.getBoundingClientRect().right + 1;
+      return [...formula.querySelectorAll("mjx-container *")].some(
+        (part) => part.getBoundingClientRect().right > edge && !part.closest("mjx-assistive-mml"));
+    });
+    wide.forEach((formula) => formula.classList.add("wide"));
+    for (const [selector, name] of Object.entries(scrollers)) {
+      const found = all(selector).map((box) => [box, box.scrollWidth > box.clientWidth + 1]);
+      for (const [box, scrolls] of found) {
+        if (scrolls) {
+          box.tabIndex = 0;
+          box.setAttribute("role", "group");
+          box.setAttribute("aria-label", `${name}, wider than the page; it scrolls sideways`);
+        } else if (box.hasAttribute("aria-label")) {
+          for (const attribute of ["tabindex", "role", "aria-label"]) box.removeAttribute(attribute);
+        }
+      }
+    }
+    page.dataset.measured = "";
+  };
+  let waiting = 0;
+  const soon = () => {
+    cancelAnimationFrame(waiting);
+    waiting = requestAnimationFrame(measure);
+  };
+  addEventListener("load", async () => {
+    // the button in the title of a solution is named after it
+    for (const button of all("button.toggle-button")) {
+      button.setAttribute("aria-label", button.closest(".admonition-title").textContent.trim());
+    }
+    for (const picture of all("img[loading=lazy]")) picture.loading = "eager";
+    await window.MathJax?.startup?.promise;
+    await document.fonts.ready;
+    soon();
+  });
+  addEventListener("resize", soon);
+  document.addEventListener("toggle", soon, true);
+
+  // On paper everything is light, whatever the screen is.
+  let theme = page.dataset.theme;
+  addEventListener("beforeprint", () => {
+    theme = page.dataset.theme;
+    page.dataset.theme = "light";
+  });
+  addEventListener("afterprint", () => { page.dataset.theme = theme; });
+})();
