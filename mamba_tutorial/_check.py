@@ -226,10 +226,10 @@ def check_length(length: int, name: str = "length", least: int = 1) -> int:
     return length
 
 
-def check_memory(name: str, value: object, numbers: int) -> None:
-    """Raise ValueError if so many numbers of 8 bytes are more than the machine's memory."""
-    if 8 * numbers > MEMORY:
-        needed = f"expected less: it takes {8 * numbers >> 30} GiB of {MEMORY >> 30}"
+def check_memory(name: str, value: object, numbers: int, size: int = 8) -> None:
+    """Raise ValueError if so many numbers of `size` bytes are more than the machine's memory."""
+    if size * numbers > MEMORY:
+        needed = f"expected less: it takes {size * numbers >> 30} GiB of {MEMORY >> 30}"
         raise ValueError(f"{name} is {value}, {needed}")
 
 

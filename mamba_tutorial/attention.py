@@ -293,9 +293,11 @@ class Transformer(nn.Module):
         self._check_places(length)
         config = self.config
         shape = config.n_layer, batch, config.n_head, length, config.d_model // config.n_head
-        check_memory("length", length, 2 * config.n_layer * length * config.d_model)
-        check_memory("batch", batch, 2 * math.prod(shape))
         like = self.embedding.weight
+        if like.device.type == "cpu":  # another device says itself when it is full
+            size = like.element_size()
+            check_memory("length", length, 2 * config.n_layer * length * config.d_model, size)
+            check_memory("batch", batch, 2 * math.prod(shape), size)
         keys, values = like.new_zeros(shape), like.new_zeros(shape)
         return Cache(keys, values, torch.zeros((), dtype=torch.long, device=like.device))
 
