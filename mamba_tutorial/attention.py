@@ -132,17 +132,20 @@ def rotary(
         raise ValueError(f"x has a size of {x.shape[-1]}, expected an even one")
     if x.device != places.device:
         raise ValueError(f"places is on device {places.device}, expected {x.device}, that of x")
-    return _turned(x, _angles(places, x.shape[-1]))
+    return _turned(x, *_turns(places, x.shape[-1], x.dtype))
 
 
-def _angles(places: Tensor, size: int) -> Tensor:
-    """Return (length, size/2), as precise as can be, for 100,000 places are 100,000 radians."""
+def _turns(places: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines (length, size/2) of angles as precise as can be.
+
+    For 100,000 places are 100,000 radians.
+    """
     i = torch.arange(size // 2, device=places.device)
-    return precise(places)[:, None] * 10000.0 ** (-2 * i / size)
+    angles = precise(places)[:, None] * 10000.0 ** (-2 * i / size)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def _turned(x: Tensor, angles: Tensor) -> Tensor:
-    cosine, sine = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
 
@@ -160,6 +163,39 @@ def alibi_slopes(n_head: int) -> Float[Tensor, " n_head"]:
     return 2.0 ** (-8 * torch.arange(1, n_head + 1) / n_head)
 
 
+class Places(NamedTuple):
+    """Where tokens are in their sequences, and what follows from it for all layers alike.
+
+    Attributes:
+        places: (length,), the places.
+        turns: for "rope" the cosines and sines of the angles, (length, size/2) each.
+        seen: what keeps queries from keys that come later, as arguments for PyTorch's attention.
+    """
+
+    places: Tensor
+    turns: tuple[Tensor, Tensor] | None
+    seen: dict
+
+    @classmethod
+    def of(
+        cls, config: TransformerConfig, places: Tensor, room: int | None, like: Tensor
+    ) -> "Places":
+        """Return this for tokens at places, whose keys are their own, or a cache's of such room."""
+        turns, size = None, config.d_model // config.n_head
+        if config.position == "rope":
+            turns = _turns(places, size, like.dtype)
+        if room is None and config.position != "alibi":
+            # for which there are kernels that never write the scores
+            return cls(places, turns, {"is_causal": True})
+        keys = places if room is None else torch.arange(room, device=places.device)
+        distance = places[:, None] - keys
+        if config.position != "alibi":
+            return cls(places, turns, {"attn_mask": distance >= 0})
+        slopes = alibi_slopes(config.n_head).to(like)[:, None, None]
+        scores = (-slopes * distance).masked_fill(distance < 0, -math.inf)
+        return cls(places, turns, {"attn_mask": scores})
+
+
 class Attention(nn.Module):
     """Causal attention of several heads, without biases.
 
@@ -169,47 +205,37 @@ class Attention(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.heads, self.position = config.n_head, config.position
+        self.heads = config.n_head
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def forward(
         self,
         u: Float[Tensor, "batch length d_model"],
-        places: Int[Tensor, " length"],
+        where: Places,
         cache: tuple[Tensor, Tensor] | None = None,
     ) -> Float[Tensor, "batch length d_model"]:
         """Return what each token finds in those up to its own.
 
         Args:
             u: the tokens.
-            places: where they are in their sequence.
+            where: they are in their sequence.
             cache: keys and values (batch, heads, room, size) of the tokens before, to which those
                 of u are added, in place; None if there are none.
         """
         parts = self.qkv(u).unflatten(-1, (3, self.heads, -1)).movedim(1, -2)
         q, k, v = parts.unbind(1)  # [batch, heads, length, size]
-        if self.position == "rope":
-            angles = _angles(places, q.shape[-1])
-            q, k = _turned(q, angles), _turned(k, angles)
-        seen = places
+        if where.turns is not None:
+            q, k = (_turned(part, *(t.to(q.dtype) for t in where.turns)) for part in (q, k))
         if cache is not None:
             for old, new in zip(cache, (k, v), strict=True):
-                old.index_copy_(2, places, new.to(old.dtype))
+                old.index_copy_(2, where.places, new.to(old.dtype))
             k, v = (part.to(q.dtype) for part in cache)
-            seen = torch.arange(k.shape[2], device=u.device)
-        y = F.scaled_dot_product_attention(q, k, v, **self._mask(places, seen, q, cache is None))
+        seen = where.seen
+        if "attn_mask" in seen and seen["attn_mask"].is_floating_point():
+            seen = {"attn_mask": seen["attn_mask"].to(q.dtype)}
+        y = F.scaled_dot_product_attention(q, k, v, **seen)
         return self.out(y.transpose(1, 2).flatten(2))
-
-    def _mask(self, places: Tensor, seen: Tensor, q: Tensor, whole: bool) -> dict:
-        """Return how to keep queries at `places` from keys that come later in `seen`."""
-        if whole and self.position != "alibi":
-            return {"is_causal": True}  # for which there are kernels that never write the scores
-        distance = places[:, None] - seen
-        if self.position != "alibi":
-            return {"attn_mask": distance >= 0}
-        slopes = alibi_slopes(self.heads).to(q)[:, None, None]
-        return {"attn_mask": (-slopes * distance).masked_fill(distance < 0, -math.inf)}
 
 
 class SwiGLU(nn.Module):
@@ -234,8 +260,8 @@ class _Layer(nn.Module):
         self.norm2 = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.mlp = SwiGLU(config.d_model, config.hidden)
 
-    def forward(self, u: Tensor, places: Tensor, cache: tuple[Tensor, Tensor] | None) -> Tensor:
-        u = u + self.attention(self.norm1(u), places, cache)
+    def forward(self, u: Tensor, where: Places, cache: tuple[Tensor, Tensor] | None) -> Tensor:
+        u = u + self.attention(self.norm1(u), where, cache)
         return u + self.mlp(self.norm2(u))
 
 
@@ -358,8 +384,9 @@ class Transformer(nn.Module):
         u = self.embedding(ids)
         if self.config.position == "absolute":
             u = u + self.places(places)
+        where = Places.of(self.config, places, None if state is None else state.keys.shape[3], u)
         for k, layer in enumerate(self.layers):
-            u = layer(u, places, None if state is None else (state.keys[k], state.values[k]))
+            u = layer(u, where, None if state is None else (state.keys[k], state.values[k]))
         return self.norm_f(u)
 
     def _logits(self, u: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import func
 
 from mamba_tutorial.attention import (
     Attention,
+    Places,
     Transformer,
     TransformerConfig,
     alibi_slopes,
@@ -33,7 +34,7 @@ def ids(batch=2, length=9):
     return torch.randint(11, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-def written_out(layer, u):
+def written_out(layer, u, position):
     """Attention with loops: token by token, head by head."""
     size = u.shape[-1] // layer.heads
     q, k, v = layer.qkv(u).chunk(3, dim=-1)
@@ -46,10 +47,10 @@ def written_out(layer, u):
             scores = []
             for s in range(t + 1):
                 query, key = q[:, t, own], k[:, s, own]
-                if layer.position == "rope":
+                if position == "rope":
                     query, key = turned(query, t), turned(key, s)
                 score = (query * key).sum(-1) / math.sqrt(size)
-                scores.append(score - slopes[h] * (t - s) * (layer.position == "alibi"))
+                scores.append(score - slopes[h] * (t - s) * (position == "alibi"))
             weights = torch.stack(scores, -1).softmax(-1)
             parts.append((weights[..., None] * v[:, : t + 1, own]).sum(1))
         rows.append(torch.cat(parts, -1))
@@ -68,10 +69,10 @@ def turned(x, place):
 @pytest.mark.parametrize("position", POSITIONS)
 def test_attention_is_the_softmax_written_out(position):
     torch.manual_seed(0)
-    layer = Attention(TransformerConfig(16, 1, 3, n_head=4, position=position)).double()
-    u = torch.randn(2, 7, 16).double()
-    y = layer(u, torch.arange(7))
-    torch.testing.assert_close(y, written_out(layer, u), rtol=0, atol=1e-13)
+    config = TransformerConfig(16, 1, 3, n_head=4, position=position)
+    layer, u = Attention(config).double(), torch.randn(2, 7, 16).double()
+    y = layer(u, Places.of(config, torch.arange(7), None, u))
+    torch.testing.assert_close(y, written_out(layer, u, position), rtol=0, atol=1e-13)
 
 
 def test_products_of_turned_vectors_depend_on_the_distance_alone():
