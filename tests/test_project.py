@@ -246,3 +246,32 @@ def test_a_notebook_that_takes_too_long_fails_the_session(request, seconds, slow
     session = SimpleNamespace(exitstatus=0)
     clock.pytest_sessionfinish(session)
     assert session.exitstatus == fails
+
+
+def test_the_package_is_whole_and_typed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    folders = {path.parent for path in (ROOT / "mamba_tutorial").rglob("__init__.py")}
+    assert {".".join(f.relative_to(ROOT).parts) for f in folders} == set(settings["packages"])
+    kinds = settings["package-data"]["mamba_tutorial"]
+    for path in (ROOT / "mamba_tutorial").glob("*"):
+        if path.is_file() and path.suffix != ".py":
+            assert any(path.match(kind) for kind in kinds), path
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == mamba_tutorial.__version__
+    config = yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))
+    assert citation["url"] == config["html"]["baseurl"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda p: p.stem)
+def test_files_of_the_repository_can_be_read(path):
+    content = yaml.safe_load(path.read_text("utf-8"))
+    if path.parent.name == "ISSUE_TEMPLATE" and path.stem != "config":
+        assert {"name", "description", "body"} <= set(content)
+
+
+def test_the_container_makes_what_the_readme_does():
+    made = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text("utf-8"))
+    assert made["postCreateCommand"] == "make book"
