@@ -105,7 +105,9 @@ VERDICT = [
     "recall",
     "copying",
     "parity",
-    "language",
+    "language_small",
+    "language_medium",
+    "language_large",
     "ablations",
 ]
 MODELS = [(name, model) for name in VERDICT for model in EXPERIMENTS[name]["models"]]
@@ -129,9 +131,8 @@ def test_contestants_have_about_as_many_parameters():
     for size in ("small", "medium", "large"):
         counts = {
             model: sum(p.numel() for p in experiments.build(language, model, 0).parameters())
-            for language in [EXPERIMENTS["language"]]
+            for language in [EXPERIMENTS[f"language_{size}"]]
             for model in language["models"]
-            if model.endswith(size)
         }
         assert len(counts) == 4
         assert max(counts.values()) < 1.06 * min(counts.values()), counts

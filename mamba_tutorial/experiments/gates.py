@@ -28,7 +28,7 @@ EXPERIMENTS = {
         "noise": 240,
         "vocab": 16,
         "batch": 64,
-        "steps": 20000,
+        "steps": 8000,
         "stop_at": 0.9999,
         "learning_rates": [1e-3, 3e-3],
         "seeds": [0, 1, 2],
