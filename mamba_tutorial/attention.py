@@ -150,17 +150,18 @@ def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
 
 
-def alibi_slopes(n_head: int) -> Float[Tensor, " n_head"]:
+def alibi_slopes(n_head: int, device: torch.device | str | None = None) -> Float[Tensor, " n_head"]:
     """Return how fast the scores of each head fall with the distance: 2^(−8h/n), h = 1, …, n.
 
-    From Press et al. (2022), Section 3, whose n is a power of two.
+    From Press et al. (2022), Section 3, whose n is a power of two. They are made on the device, by
+    default the CPU.
 
     Raises:
         TypeError, ValueError: n_head is no positive whole number.
     """
     n_head = check_length(n_head, name="n_head")
     check_memory("n_head", n_head, n_head)
-    return 2.0 ** (-8 * torch.arange(1, n_head + 1) / n_head)
+    return 2.0 ** (-8 * torch.arange(1, n_head + 1, device=device) / n_head)
 
 
 class Places(NamedTuple):
@@ -191,7 +192,7 @@ class Places(NamedTuple):
         distance = places[:, None] - keys
         if config.position != "alibi":
             return cls(places, turns, {"attn_mask": distance >= 0})
-        slopes = alibi_slopes(config.n_head).to(like)[:, None, None]
+        slopes = alibi_slopes(config.n_head, like.device).to(like)[:, None, None]
         scores = (-slopes * distance).masked_fill(distance < 0, -math.inf)
         return cls(places, turns, {"attn_mask": scores})
 

@@ -80,6 +80,29 @@ def test_another_configuration_is_not_mixed_in(tiny, tmp_path):
         experiments.main(["wall", "--quick", "--out", str(tmp_path)])
 
 
+def test_a_run_that_fails_stops_no_other(tiny, tmp_path, monkeypatch):
+    run = experiments.run
+
+    def fails_once(configuration, name, lr, seed):
+        if (name, seed) == ("S4D, 1 layer", 0):
+            raise RuntimeError("no such kernel")
+        return run(configuration, name, lr, seed)
+
+    monkeypatch.setattr(experiments, "run", fails_once)
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        experiments.main(["wall", "--quick", "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "experiment_wall_quick.json").read_text())
+    assert len(record["runs"]) == 2 * len(tiny["models"]) - 1
+
+
+def test_scores_are_shown_in_their_units():
+    runs = [{"model": "a", "lr": 1, "seed": seed, "scores": [[1, -1.5 - seed]]} for seed in (0, 1)]
+    record = {"experiment": "e", "configuration": {"models": {"a": {}}, "task": "text"}}
+    assert experiments.table({**record, "runs": runs}).split()[-5:] == [
+        "a", "2.000", "1.500", "2.500", "2",
+    ]  # fmt: skip
+
+
 def test_wrong_names_and_folders_are_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="name is 'walls', expected one of"):
         experiments.main(["walls", "--out", str(tmp_path)])
@@ -104,6 +127,7 @@ VERDICT = [
     "induction",
     "recall",
     "copying",
+    "copying_fixed",
     "parity",
     "language_small",
     "language_medium",
@@ -125,6 +149,15 @@ def test_every_model_trains_in_the_quick_form(name, model):
         assert set(result["lengths"]) == set(map(str, configuration["lengths"]))
     for pairs, length in configuration.get("tests", []):
         assert 0 <= result[f"{pairs}, {length}"] <= 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are recorded on a GPU")
+@pytest.mark.parametrize(("name", "model"), MODELS)
+def test_every_model_trains_as_a_graph(name, model):
+    configuration = experiments.quick(EXPERIMENTS[name])
+    few = {"steps": 3, "batch": 4, "tested": 4, "graph": True, "lengths": [16], "tests": []}
+    result = experiments.run({**configuration, **few}, model, 1e-3, 0)
+    assert all(math.isfinite(score) for _, score in result["scores"])
 
 
 def test_contestants_have_about_as_many_parameters():

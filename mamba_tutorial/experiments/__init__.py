@@ -16,7 +16,7 @@ import functools
 import json
 import multiprocessing
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -208,15 +208,29 @@ def complete(name: str, path: Path, configuration: dict, command: str, jobs: int
 def _results(configuration: dict, todo: list[tuple], jobs: int, path: Path) -> Iterator[dict]:
     kept = functools.partial(_kept, configuration, path)
     if jobs == 1:
-        yield from (kept(which) for which in todo)
+        yield from _those_that_succeed(functools.partial(kept, which) for which in todo)
         return
     spawn = multiprocessing.get_context("spawn")  # a fork would share what a GPU holds
     with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (1,)) as pool:
         pending = [pool.submit(kept, which) for which in todo]
         try:
-            yield from (future.result() for future in as_completed(pending))
+            yield from _those_that_succeed(future.result for future in as_completed(pending))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _those_that_succeed(runs: Iterable[Callable[[], dict]]) -> Iterator[dict]:
+    """Yield what the runs return; one that fails stops no other, and is told at the end."""
+    failed = None
+    for one in runs:
+        try:
+            result = one()
+        except Exception as error:
+            failed = failed or error
+        else:
+            yield result
+    if failed is not None:
+        raise failed
 
 
 def _kept(configuration: dict, path: Path, which: tuple[str, float, int]) -> dict:
@@ -243,12 +257,17 @@ def final_scores(record: dict) -> dict[str, list[float]]:
 
 
 def table(record: dict) -> str:
-    """Return the mean, the least and the largest final score of each model, in per cent."""
+    """Return the mean, the least and the largest final score of each model.
+
+    They are in per cent, but for texts, where they are bits per byte.
+    """
+    unit, decimals = (-1, 3) if record["configuration"]["task"] == "text" else (100, 1)
     lines = [f"{record['experiment']:22} mean   least  largest   seeds"]
     for name, scores in final_scores(record).items():
-        low, high = 100 * min(scores), 100 * max(scores)
-        mean = 100 * sum(scores) / len(scores)
-        lines.append(f"{name:22} {mean:5.1f}  {low:5.1f}  {high:5.1f} {len(scores):9}")
+        values = [unit * score for score in scores]
+        shown = sum(values) / len(values), min(values), max(values)
+        numbers = "  ".join(f"{value:5.{decimals}f}" for value in shown)
+        lines.append(f"{name:22} {numbers} {len(scores):9}")
     return "\n".join(lines)
 
 
