@@ -2,9 +2,11 @@
 
 MQAR is trained at length 256 with 4 to 64 pairs, a number drawn for each batch; the authors of the
 task (Arora et al. 2023) train at lengths 64 to 256 in a fixed order. It is tested at up to 256
-pairs in 1024 tokens. Copying is trained with one number of tokens for each model; "copying_fixed",
-small enough for a CPU, is its control: layers that are linear and time-invariant, whose state has
-4096 numbers a layer, when that of Mamba has 512 (N = 4) or 8192 (N = 64).
+pairs in 1024 tokens.
+
+Copying is trained with one number of tokens for each model. "copying_fixed" is its control: layers
+that are linear and time-invariant, whose state has 4096 numbers a layer, when that of Mamba has 512
+(N = 4) or 8192 (N = 64).
 """
 
 import torch
@@ -87,7 +89,7 @@ EXPERIMENTS = {
         },
     },
     "copying": _copying(["Mamba, N = 4", "Mamba, N = 64", "attention"], [16, 64, 256]),
-    "copying_fixed": _copying(["S4D"], [16, 64]),
+    "copying_fixed": _copying(["S4D"], [16, 64, 256]),
 }
 
 
@@ -103,6 +105,6 @@ def measure(configuration: dict, name: str, model: nn.Module, source, generator)
                 hits.append(accuracy(model, inputs, targets))
         found[f"{pairs}, {length}"] = round(sum(hits) / len(hits), 5)
     entry = configuration["models"][name]
-    if "d_state" in entry:
+    if entry.get("model") == "Mamba":
         found["state"] = 2 * entry["d_model"] * entry["d_state"] * entry["n_layer"]
     return found
