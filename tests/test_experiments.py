@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mamba_tutorial import data, experiments
-from mamba_tutorial.experiments import EXPERIMENTS
+from mamba_tutorial.experiments import EXPERIMENTS, checkpoint
 from mamba_tutorial.experiments.models import GATES, GatedLayer, Invariant, Selective
+from mamba_tutorial.mamba import MambaConfig, MambaLM
 
 RESULTS = Path(__file__).parents[1] / "book" / "results"
 TINY = {**EXPERIMENTS["wall"], "steps": 2, "batch": 2, "seeds": [0, 1], "learning_rates": [1e-3]}
@@ -203,3 +204,50 @@ def test_text_is_held_out_by_files():
     assert learned.dtype == held_out.dtype == torch.uint8
     assert 10 < len(learned) / len(held_out) < 40
     assert held_out[:4000].numpy().tobytes() not in learned.numpy().tobytes()
+
+
+@pytest.fixture
+def released():
+    torch.manual_seed(0)
+    return MambaLM(MambaConfig(d_model=16, n_layer=2, vocab_size=64)).eval()
+
+
+def test_the_price_of_a_text_is_that_of_its_tokens_one_by_one(released, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PIECE", 7)  # so that a state is handed on
+    ids = torch.randint(64, (40,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        chances = released.double()(ids[None])[0].log_softmax(-1)
+    nats = -chances[:-1].gather(1, ids[1:, None]).sum().item()
+    found = checkpoint.price(released, ids, size=100)
+    assert found["tokens"] == 39
+    assert math.isclose(found["perplexity"], math.exp(nats / 39), rel_tol=1e-5)
+    assert math.isclose(found["bits_per_byte"], nats / math.log(2) / 100, rel_tol=1e-5)
+
+
+def test_a_released_model_is_examined_as_a_whole(released, monkeypatch, tmp_path):
+    class Letters:
+        def encode(self, text):
+            self.ids = [ord(letter) % 64 for letter in text]
+            return self
+
+        def decode(self, ids):
+            return "".join(chr(64 + i) for i in ids)
+
+    monkeypatch.setattr(checkpoint, "fetch", lambda: (released, Letters()))
+    monkeypatch.setattr(checkpoint, "BYTES", 300)
+    shown = []
+    experiments.main(["checkpoint", "--out", str(tmp_path)], shown.append)
+    result = json.loads((tmp_path / "checkpoint.json").read_text())
+    assert json.loads(shown[0]) == result
+    assert len(result["continuation"]) == checkpoint.NEW_TOKENS
+    assert 32 < result["perplexity"] < 128  # an untrained model knows nothing
+
+
+def test_without_a_network_it_says_what_is_needed(monkeypatch, tmp_path):
+    def refused(*_):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(MambaLM, "from_pretrained", refused)
+    monkeypatch.setattr("tokenizers.Tokenizer.from_pretrained", refused)
+    with pytest.raises(OSError, match="in the cache of huggingface_hub, or a network"):
+        experiments.main(["checkpoint", "--out", str(tmp_path)])

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from mamba_tutorial import tasks
 from mamba_tutorial._check import check_choice
 from mamba_tutorial.experiments import (
+    checkpoint,
     digits,
     gates,
     induction,
@@ -274,7 +275,9 @@ def table(record: dict) -> str:
 def main(arguments: list[str] | None = None, show: Callable[[str], None] = print) -> None:
     """Run the experiments that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", default=list(EXPERIMENTS), help="which; all by default")
+    parser.add_argument(
+        "names", nargs="*", default=list(EXPERIMENTS), help="which, or checkpoint; all by default"
+    )
     parser.add_argument("--quick", action="store_true", help="a small form that takes seconds")
     parser.add_argument("--out", type=Path, default=Path("book/results"), help="where records go")
     parser.add_argument("--jobs", type=int, default=1, help="how many runs at a time")
@@ -282,7 +285,10 @@ def main(arguments: list[str] | None = None, show: Callable[[str], None] = print
     if not given.out.is_dir():
         parser.error(f"--out is {given.out}, expected a folder that exists")
     for name in given.names:
-        check_choice("name", name, EXPERIMENTS)
+        if name == "checkpoint":
+            show(json.dumps(checkpoint.record(given.out), indent=1, ensure_ascii=False))
+            continue
+        check_choice("name", name, [*EXPERIMENTS, "checkpoint"])
         configuration = quick(EXPERIMENTS[name]) if given.quick else EXPERIMENTS[name]
         path = given.out / f"experiment_{name}{'_quick' if given.quick else ''}.json"
         command = f"python -m mamba_tutorial.experiments {name}{' --quick' if given.quick else ''}"
