@@ -73,13 +73,15 @@ def examples():
     fused = tuple(scan_inputs().values())
     core = *fused[:1], fused[1].abs(), *fused[2:5], None, None, None, fused[8]
     dy, dh_last = random(2, 40, 6, seed=10), random(2, 6, 4, seed=11)
+    begins = random(2, 40, seed=12) > 1
     for backend in ("parallel", *KERNELS):
         given, softplus = (fused, True) if backend == "triton" else (core, False)
-        for exact in (False, True):
-            yield "selective_scan", (*given, softplus, exact, True, backend)
-            starts = OPERATORS["selective_scan"](*given, softplus, exact, True, backend)[2]
+        for exact, marks in ((False, None), (True, None), (False, begins), (True, begins)):
+            whole = *given, marks, softplus, exact, True, backend
+            yield "selective_scan", whole
+            starts = OPERATORS["selective_scan"](*whole)[2]
             ends = dy, dh_last, starts.detach(), softplus, exact, backend
-            yield "selective_scan_backward", (*given, *ends)
+            yield "selective_scan_backward", (*given, marks, *ends)
     step = [t[:, 0] if t.ndim == 3 else t for t in fused[:8]]
     yield "selective_step", (fused[8], *step[:2], fused[2], *step[3:])
     x, before, weight = random(2, 9, 5), random(2, 3, 5, seed=1), random(5, 4, seed=2)
@@ -128,7 +130,10 @@ def test_every_operator_has_an_example():
 def test_pytorch_is_told_the_truth(name, arguments):
     """Schema, shapes without numbers, and gradients, as PyTorch's own check sees them."""
     leaves = [
-        a.detach().clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments
+        a.detach().clone().requires_grad_(a.dtype != torch.bool)
+        if isinstance(a, torch.Tensor)
+        else a
+        for a in arguments
     ]
     if name.startswith("dplr_spectrum"):  # at given roots
         leaves[-2:] = arguments[-2:]
