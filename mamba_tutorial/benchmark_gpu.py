@@ -292,9 +292,9 @@ def scan_inputs(
             random(*tokens), bias]  # fmt: skip
 
 
-def ours_scan(x, dt, A, B, C, D, z, bias) -> Tensor:
+def ours_scan(x, dt, A, B, C, D, z, bias, starts=None) -> Tensor:
     """The kernel of this package."""
-    return selective_scan(x, dt, A, B, C, D, z, bias, True, backend="triton")
+    return selective_scan(x, dt, A, B, C, D, z, bias, True, backend="triton", starts=starts)
 
 
 def plain_scan(*given: Tensor) -> Tensor:
@@ -376,6 +376,33 @@ def _side_by_side(given: Sequence[Tensor]) -> Row:
     return row
 
 
+def starts() -> Iterator[Row]:
+    """What it costs to read sequences in a row, one every 512 tokens: with starts and without.
+
+    One row for both, bfloat16, 16 states, gate, bias and softplus; times in turns, the median of
+    five each. Before each, all of the output and all gradients are compared with float64.
+    """
+    for batch, length, d_inner in ((8, 2048, 2048), (1, 65536, 2048)):
+        row = {"batch": batch, "length": length, "d_inner": d_inner, "every": 512}
+        yield attempt(row, partial(_in_turns, *row.values()))
+
+
+def _in_turns(batch: int, length: int, d_inner: int, every: int) -> Row:
+    given = scan_inputs(batch, length, d_inner)
+    upstream = torch.randn_like(given[0])
+    marks = torch.zeros(batch, length, dtype=torch.bool, device="cuda")
+    marks[:, ::every] = True
+    kinds = {"without": None, "with": marks}
+    exact = {name: exact_scan(given, upstream, starts) for name, starts in kinds.items()}
+    row = {}
+    for _, (name, starts) in product(range(5), kinds.items()):
+        found = _selective(partial(ours_scan, starts=starts), given, upstream, exact[name])
+        for key, value in found.items():
+            row.setdefault(f"{name}_{key}", []).append(value)
+    return {key: values[0] if key.endswith("how") else statistics.median(values)
+            for key, values in row.items()}  # fmt: skip
+
+
 def lessons() -> Iterator[Row]:
     """The steps to the fused scan, float32: batch 8, length 512, d_inner 2048, 16 states."""
     steps = importlib.import_module("mamba_tutorial.kernels.lessons.forward")
@@ -402,7 +429,9 @@ def lessons() -> Iterator[Row]:
             yield attempt({"name": name}, measure)
 
 
-def exact_scan(given: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+def exact_scan(
+    given: Sequence[Tensor], upstream: Tensor, starts: Tensor | None = None
+) -> list[Tensor]:
     """Return y and the gradients of all inputs, computed in float64 by PyTorch operations.
 
     Some channels of one sequence after the other, so that the states have room; kept in float32.
@@ -421,7 +450,8 @@ def exact_scan(given: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
             leaves = [
                 t[at].detach().double().requires_grad_() for t, at in zip(given, where, strict=True)
             ]
-            y = selective_scan(*leaves, True, backend="parallel")
+            marks = None if starts is None else starts[shared]
+            y = selective_scan(*leaves, True, backend="parallel", starts=marks)
             found = y.detach(), *torch.autograd.grad(y, leaves, upstream[tokens].double())
             for result, at, part in zip(results, (tokens, *where), found, strict=True):
                 result[at] += part.to(result)
@@ -869,6 +899,7 @@ SECTIONS = {
         recurrence,
         selective,
         sweep,
+        starts,
         lessons,
         attention,
         decode,
