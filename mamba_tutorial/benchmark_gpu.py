@@ -275,19 +275,24 @@ def _recurrence(scan: Callable, given: Sequence[Tensor], axis: int, exact: Tenso
 
 
 def scan_inputs(
-    batch: int, length: int, d_inner: int, d_state: int = 16, dtype: torch.dtype = torch.bfloat16
+    batch: int,
+    length: int,
+    d_inner: int,
+    d_state: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
 ) -> list[Tensor]:
     """Return x, dt, A, B, C, D, z, dt_bias as a Mamba block has them at the start."""
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     tokens, shared = (batch, length, d_inner), (batch, length, d_state)
-    A = -torch.arange(1.0, d_state + 1, device="cuda").repeat(d_inner, 1)
-    log_dt = torch.rand(d_inner, generator=generator, device="cuda") * math.log(100) - math.log(1e3)
+    A = -torch.arange(1.0, d_state + 1, device=device).repeat(d_inner, 1)
+    log_dt = torch.rand(d_inner, generator=generator, device=device) * math.log(100) - math.log(1e3)
     bias = log_dt.exp() + torch.log(-torch.expm1(-log_dt.exp()))  # softplus gives 0.001 … 0.1
-    D = torch.ones(d_inner, device="cuda")
+    D = torch.ones(d_inner, device=device)
     return [random(*tokens), random(*tokens), A, random(*shared), random(*shared), D,
             random(*tokens), bias]  # fmt: skip
 
