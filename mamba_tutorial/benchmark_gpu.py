@@ -34,6 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mamba_tutorial.attention import Transformer, TransformerConfig
+from mamba_tutorial.compat import patched_transformers
 from mamba_tutorial.generation import StepGraph
 from mamba_tutorial.layers import LSTMLayer, SelectiveLayer
 from mamba_tutorial.mamba import MambaBlock, MambaConfig, MambaLM
@@ -849,6 +850,34 @@ def _step(model: torch.nn.Module, ids: Tensor) -> Row:
     return {"ms": took, "tokens_per_s": 1e3 * ids.numel() / took, "peak_mib": peak}
 
 
+def transformers() -> Iterator[Row]:
+    """A training step of transformers' Mamba, as it comes and with the scan of this package.
+
+    130 million parameters, 2 × 512 tokens, bfloat16 autocast. As it comes it goes token by token,
+    in PyTorch's operations, unless mamba_ssm is installed. Before it is timed, the logits are
+    compared with those of the model as it comes, in float32.
+    """
+    ids = torch.randint(50000, (2, 512), device="cuda")
+    for name, way in {
+        "transformers, as it comes": nullcontext,
+        "mamba_tutorial, in transformers": patched_transformers,
+    }.items():
+        yield attempt({"batch": 2, "length": 512, "name": name}, partial(_trained, way, ids))
+
+
+def _trained(way: Callable[[], AbstractContextManager], ids: Tensor) -> Row:
+    torch.manual_seed(0)
+    model = _mamba_of_transformers().eval()
+    with torch.no_grad():
+        right = model(ids, use_cache=False).logits
+        with way():
+            error = relative(model(ids, use_cache=False).logits, right)
+    if not error < 1e-3:
+        raise ValueError(f"wrong, by {error:.1e}")
+    with way():
+        return {"error": error} | _step(model, ids)
+
+
 def layers() -> Iterator[Row]:
     """A training step of one layer of the wall, 64 channels, 65536 tokens in all, float32."""
     kinds = {
@@ -911,6 +940,7 @@ SECTIONS = {
         generation,
         contexts,
         training,
+        transformers,
         layers,
         block,
     )
