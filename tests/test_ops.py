@@ -8,6 +8,7 @@ import io
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,39 @@ def test_second_derivatives_on_every_backend(backend, rule):
     ):
         scale = exact.abs().max()
         torch.testing.assert_close(result.double() / scale, exact / scale, rtol=0, atol=2e-5)
+
+
+@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.filterwarnings("ignore")  # PyTorch's compiler has many of its own
+@pytest.mark.parametrize("backend", ["parallel", *KERNELS])
+def test_sequences_in_a_row_under_every_transform(backend):
+    given, starts = scan_inputs(2, 9, 3, 2), random(2, 9, seed=12) > 0.5
+    x = given.pop("x")
+
+    def scan(x, starts, backend=backend):
+        return selective_scan(x, **given, dt_softplus=True, backend=backend, starts=starts)
+
+    def one(x, z, starts, backend):
+        shared = {k: given[k][:1] for k in ("dt", "B", "C", "h0")}
+        rest = {k: given[k] for k in ("A", "D", "dt_bias")} | {"starts": starts[None]}
+        y = selective_scan(x[None], **shared, **rest, z=z[None], dt_softplus=True, backend=backend)
+        return y.square().sum()
+
+    def results(backend):
+        yield func.jvp(lambda x: scan(x, starts, backend), (x,), (x.cos(),))[1]
+        yield func.vmap(func.grad(partial(one, backend=backend)))(x, given["z"], starts)
+        yield func.hessian(lambda x: scan(x, starts, backend).square().sum())(x)
+
+    for result, exact in zip(results(backend), results("sequential"), strict=True):
+        torch.testing.assert_close(result, exact, rtol=1e-4, atol=1e-4)
+    compiled = torch.compile(scan, fullgraph=True, backend="aot_eager")
+    leaf = x.detach().clone().requires_grad_()
+    for run in (scan, compiled):
+        y = run(leaf, starts)
+        torch.testing.assert_close(y, scan(x, starts, "sequential"), rtol=1e-4, atol=1e-4)
+        (found,) = torch.autograd.grad(y.square().sum(), leaf)
+        (right,) = torch.autograd.grad(scan(leaf, starts, "sequential").square().sum(), leaf)
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("make", [lambda: S4(3, 4), lambda: S4D(3, 4)], ids=["S4", "S4D"])
