@@ -162,34 +162,33 @@ def _backward(
         first, last = block * BLOCK, min(block * BLOCK + BLOCK, d_inner)
         g = dh_last[b, first:last].copy()  # the gradient of the state, through all that follows
         decay = np.empty((CHUNK, BLOCK, d_state), f32)
-        # h[k] is the state before token k; but before the first of a sequence it is the last row, 0
-        h = np.zeros((CHUNK + 2, BLOCK, d_state), f32)
+        h = np.empty((CHUNK + 1, BLOCK, d_state), f32)  # h[k] is the state before token k
         for chunk in range(starts.shape[1] - 1, -1, -1):
             start, stop = chunk * CHUNK, min(chunk * CHUNK + CHUNK, length)
             h[0, : last - first] = starts[b, chunk, first:last]
             for t in range(start, stop):
-                before = CHUNK + 1 if begins[b, t] else t - start
+                kept = f32(0) if begins[b, t] else f32(1)  # of what was before
                 for d in range(first, last):
                     k, i = t - start, d - first
                     step, drive = dt[b, t, d], dt[b, t, d] * x[b, t, d]
                     for n in range(d_state):
                         a = _exp(step * A[d, n])
                         w = _exprel(step * A[d, n], a) if exact else f32(1)
-                        decay[k, i, n] = a
-                        h[k + 1, i, n] = a * h[before, i, n] + w * drive * B[b, t, n]
+                        decay[k, i, n] = kept * a
+                        h[k + 1, i, n] = decay[k, i, n] * h[k, i, n] + w * drive * B[b, t, n]
             for t in range(stop - 1, start - 1, -1):
-                before = CHUNK + 1 if begins[b, t] else t - start
                 for d in range(first, last):
                     k, i = t - start, d - first
                     step, drive = dt[b, t, d], dt[b, t, d] * x[b, t, d]
                     ddrive, dstep = f32(0), f32(0)
                     for n in range(d_state):
                         a, z = decay[k, i, n], step * A[d, n]
-                        w = _exprel(z, a) if exact else f32(1)
+                        e = _exp(z) if exact else f32(1)
+                        w = _exprel(z, e) if exact else f32(1)
                         gh = g[i, n] + dy[b, t, d] * C[b, t, n]
-                        dz = gh * a * h[before, i, n]
+                        dz = gh * a * h[k, i, n]
                         if exact:
-                            dz += gh * drive * B[b, t, n] * _exprel_slope(z, a, w)
+                            dz += gh * drive * B[b, t, n] * _exprel_slope(z, e, w)
                         dC[block, b, t, n] += dy[b, t, d] * h[k + 1, i, n]
                         dB[block, b, t, n] += gh * w * drive
                         dA[b, d, n] += dz * step
@@ -198,8 +197,6 @@ def _backward(
                         g[i, n] = gh * a
                     dx[b, t, d] = ddrive * step
                     ddt[b, t, d] = ddrive * x[b, t, d] + dstep
-                if begins[b, t]:
-                    g[:] = f32(0)
         dh0[b, first:last] = g
 
 
