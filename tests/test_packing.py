@@ -172,6 +172,27 @@ def test_kernels_read_a_row_in_half_precision(backend, size):
     assert_kernels_agree(backend, size, "anywhere", dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("step", [0.0, 1.0])
+@pytest.mark.parametrize("rule", ["mamba", "zoh"])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_extreme_decays_in_a_row(backend, rule, step):
+    """Gone at once, hardly less, none, and growth by e⁸⁰ in a sequence, which is never too much."""
+    A = torch.tensor([[-1e4, -1e-6], [0.0, 2.0]], device=DEVICE)
+    x, dt = torch.ones(1, 150, 2, device=DEVICE), torch.full((1, 150, 2), step, device=DEVICE)
+    starts = torch.arange(150, device=DEVICE)[None] % 40 == 7
+    given = [x, dt, A, x, x, torch.ones(1, 2, 2, device=DEVICE)]
+
+    def results(given, backend):
+        x, dt, A, B, C, h0 = leaves = [tensor.detach().requires_grad_() for tensor in given]
+        options = {"discretization": rule, "backend": backend, "starts": starts, "h0": h0}
+        y = selective_scan(x, dt, A, B, C, **options)
+        return y, *torch.autograd.grad(y.sum(), leaves)
+
+    exact = results([tensor.double() for tensor in given], "sequential")
+    for value, right in zip(results(given, backend), exact, strict=True):
+        torch.testing.assert_close(value.double(), right, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="without a GPU those above are the ones in Triton")
 @pytest.mark.parametrize("size", SIZES)
 def test_kernels_in_triton_read_a_row_on_a_gpu_too(size, monkeypatch):
