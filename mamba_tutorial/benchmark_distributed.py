@@ -193,27 +193,30 @@ def on_one(work: Work, rank: int, mine: slice, device: str) -> tuple[list[Tensor
 
     None if it does not fit one GPU.
     """
+    row = {}
     try:
+        if rank == 0:
+            found = repeated(lambda: work.results(work.alone), device, together=False)
+            took = statistics.median(found["ms"])
+            row = {"single_both_ms": took, "single_peak_mib": found["peak"]}
         cut = True, *work.along
-        found = [
+        return [
             value[:, mine].clone() if along else value
             for value, along in zip(work.results(work.alone), cut, strict=True)
-        ]
-        if rank > 0:
-            return found, {}
-        measured = repeated(lambda: work.results(work.alone), device, together=False)
+        ], row
     except torch.cuda.OutOfMemoryError:
-        return None, {"single": "passed over: out of memory"}
-    took = statistics.median(measured["ms"])
-    return found, {"single_both_ms": took, "single_peak_mib": measured["peak"]}
+        return None, row | {"single": "passed over: out of memory"}
 
 
 def error_of(found: Sequence[Tensor], exact: Sequence[Tensor], along: Sequence[bool]) -> float:
-    """Return how far the results are off on the worst rank; the sums over the ranks are taken."""
-    for value, cut in zip(found[1:], along, strict=True):
+    """Return how far this rank's results are off; of what is not cut, the sum over the ranks is."""
+    errors = []
+    for value, right, cut in zip(found, exact, [True, *along], strict=True):
+        whole = value if cut else value.contiguous()
         if not cut:
-            dist.all_reduce(value)
-    return max(relative(value, right) for value, right in zip(found, exact, strict=True))
+            dist.all_reduce(whole)
+        errors.append(relative(whole, right))
+    return max(errors)
 
 
 def measure(rank: int, ranks: int, kind: str, length: int, channels: int, device: str) -> Row:
