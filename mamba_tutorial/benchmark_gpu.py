@@ -34,6 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mamba_tutorial.attention import Transformer, TransformerConfig
+from mamba_tutorial.compat import patched_transformers
 from mamba_tutorial.generation import StepGraph
 from mamba_tutorial.layers import LSTMLayer, SelectiveLayer
 from mamba_tutorial.mamba import MambaBlock, MambaConfig, MambaLM
@@ -275,26 +276,31 @@ def _recurrence(scan: Callable, given: Sequence[Tensor], axis: int, exact: Tenso
 
 
 def scan_inputs(
-    batch: int, length: int, d_inner: int, d_state: int = 16, dtype: torch.dtype = torch.bfloat16
+    batch: int,
+    length: int,
+    d_inner: int,
+    d_state: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
 ) -> list[Tensor]:
     """Return x, dt, A, B, C, D, z, dt_bias as a Mamba block has them at the start."""
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     tokens, shared = (batch, length, d_inner), (batch, length, d_state)
-    A = -torch.arange(1.0, d_state + 1, device="cuda").repeat(d_inner, 1)
-    log_dt = torch.rand(d_inner, generator=generator, device="cuda") * math.log(100) - math.log(1e3)
+    A = -torch.arange(1.0, d_state + 1, device=device).repeat(d_inner, 1)
+    log_dt = torch.rand(d_inner, generator=generator, device=device) * math.log(100) - math.log(1e3)
     bias = log_dt.exp() + torch.log(-torch.expm1(-log_dt.exp()))  # softplus gives 0.001 … 0.1
-    D = torch.ones(d_inner, device="cuda")
+    D = torch.ones(d_inner, device=device)
     return [random(*tokens), random(*tokens), A, random(*shared), random(*shared), D,
             random(*tokens), bias]  # fmt: skip
 
 
-def ours_scan(x, dt, A, B, C, D, z, bias) -> Tensor:
+def ours_scan(x, dt, A, B, C, D, z, bias, starts=None) -> Tensor:
     """The kernel of this package."""
-    return selective_scan(x, dt, A, B, C, D, z, bias, True, backend="triton")
+    return selective_scan(x, dt, A, B, C, D, z, bias, True, backend="triton", starts=starts)
 
 
 def plain_scan(*given: Tensor) -> Tensor:
@@ -376,6 +382,33 @@ def _side_by_side(given: Sequence[Tensor]) -> Row:
     return row
 
 
+def starts() -> Iterator[Row]:
+    """What it costs to read sequences in a row, one every 512 tokens: with starts and without.
+
+    One row for both, bfloat16, 16 states, gate, bias and softplus; times in turns, the median of
+    five each. Before each, all of the output and all gradients are compared with float64.
+    """
+    for batch, length, d_inner in ((8, 2048, 2048), (1, 65536, 2048)):
+        row = {"batch": batch, "length": length, "d_inner": d_inner, "every": 512}
+        yield attempt(row, partial(_in_turns, *row.values()))
+
+
+def _in_turns(batch: int, length: int, d_inner: int, every: int) -> Row:
+    given = scan_inputs(batch, length, d_inner)
+    upstream = torch.randn_like(given[0])
+    marks = torch.zeros(batch, length, dtype=torch.bool, device="cuda")
+    marks[:, ::every] = True
+    kinds = {"without": None, "with": marks}
+    exact = {name: exact_scan(given, upstream, starts) for name, starts in kinds.items()}
+    row = {}
+    for _, (name, starts) in product(range(5), kinds.items()):
+        found = _selective(partial(ours_scan, starts=starts), given, upstream, exact[name])
+        for key, value in found.items():
+            row.setdefault(f"{name}_{key}", []).append(value)
+    return {key: values[0] if key.endswith("how") else statistics.median(values)
+            for key, values in row.items()}  # fmt: skip
+
+
 def lessons() -> Iterator[Row]:
     """The steps to the fused scan, float32: batch 8, length 512, d_inner 2048, 16 states."""
     steps = importlib.import_module("mamba_tutorial.kernels.lessons.forward")
@@ -402,7 +435,9 @@ def lessons() -> Iterator[Row]:
             yield attempt({"name": name}, measure)
 
 
-def exact_scan(given: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+def exact_scan(
+    given: Sequence[Tensor], upstream: Tensor, starts: Tensor | None = None
+) -> list[Tensor]:
     """Return y and the gradients of all inputs, computed in float64 by PyTorch operations.
 
     Some channels of one sequence after the other, so that the states have room; kept in float32.
@@ -421,7 +456,8 @@ def exact_scan(given: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
             leaves = [
                 t[at].detach().double().requires_grad_() for t, at in zip(given, where, strict=True)
             ]
-            y = selective_scan(*leaves, True, backend="parallel")
+            marks = None if starts is None else starts[shared]
+            y = selective_scan(*leaves, True, backend="parallel", starts=marks)
             found = y.detach(), *torch.autograd.grad(y, leaves, upstream[tokens].double())
             for result, at, part in zip(results, (tokens, *where), found, strict=True):
                 result[at] += part.to(result)
@@ -814,6 +850,34 @@ def _step(model: torch.nn.Module, ids: Tensor) -> Row:
     return {"ms": took, "tokens_per_s": 1e3 * ids.numel() / took, "peak_mib": peak}
 
 
+def transformers() -> Iterator[Row]:
+    """A training step of transformers' Mamba, as it comes and with the scan of this package.
+
+    130 million parameters, 2 × 512 tokens, bfloat16 autocast. As it comes it goes token by token,
+    in PyTorch's operations, unless mamba_ssm is installed. Before it is timed, the logits are
+    compared with those of the model as it comes, in float32.
+    """
+    ids = torch.randint(50000, (2, 512), device="cuda")
+    for name, way in {
+        "transformers, as it comes": nullcontext,
+        "mamba_tutorial, in transformers": patched_transformers,
+    }.items():
+        yield attempt({"batch": 2, "length": 512, "name": name}, partial(_trained, way, ids))
+
+
+def _trained(way: Callable[[], AbstractContextManager], ids: Tensor) -> Row:
+    torch.manual_seed(0)
+    model = _mamba_of_transformers().eval()
+    with torch.no_grad():
+        right = model(ids, use_cache=False).logits
+        with way():
+            error = relative(model(ids, use_cache=False).logits, right)
+    if not error < 1e-3:
+        raise ValueError(f"wrong, by {error:.1e}")
+    with way():
+        return {"error": error} | _step(model, ids)
+
+
 def layers() -> Iterator[Row]:
     """A training step of one layer of the wall, 64 channels, 65536 tokens in all, float32."""
     kinds = {
@@ -869,12 +933,14 @@ SECTIONS = {
         recurrence,
         selective,
         sweep,
+        starts,
         lessons,
         attention,
         decode,
         generation,
         contexts,
         training,
+        transformers,
         layers,
         block,
     )

@@ -17,14 +17,13 @@ computes (`selective_scan_ref` of mamba_ssm), and so what its checkpoints were t
 import math
 import warnings
 from collections.abc import Collection, Iterable, Sequence, Set
-from functools import cache, partial
+from functools import cache
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mamba_tutorial._check import (
     HAS_TRITON,
@@ -98,8 +97,7 @@ def selective_scan(
             fused kernel on a GPU (without a GPU: in Triton's interpreter), both with a state of
             float32, where Numba or Triton is installed. "auto" takes the fastest that fits.
         starts: (batch, length), true where a new sequence begins: there the state before is zero,
-            and so is the decay, which is all that it takes. The kernels do not know it: "auto" is
-            "parallel" then.
+            h0 included. So sequences can lie one after the other in a row.
 
     Returns:
         y: (batch, length, d_inner), in the dtype of x; and, if asked for, the last state (batch,
@@ -123,17 +121,13 @@ def selective_scan(
         h0 = _check_state("h0", h0, x, (sizes["batch"], *A.shape))
     if starts is not None:
         check_starts(starts, x)
-        if backend in ("numba", "triton"):
-            needed = "expected 'auto', 'parallel' or 'sequential' with starts"
-            raise ValueError(f"backend is {backend!r}, {needed}")
-        backend = "parallel" if backend == "auto" else backend
     backend = _choose(x) if backend == "auto" else backend
     _check_backend(backend, x)
     if not dt_softplus:
         _check_step_size(dt, dt_bias)
-    given = x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, discretization == "zoh", backend
+    given = x, dt, A, B, C, D, z, dt_bias, h0, starts, dt_softplus, discretization == "zoh"
     with without_autocast(x):
-        y, h_last = _fused(*given) if backend == "triton" else _unfused(*given, starts)
+        y, h_last = _fused(*given) if backend == "triton" else _unfused(*given, backend)
     return (y, h_last) if return_last_state else y
 
 
@@ -343,20 +337,21 @@ def inverse_softplus(y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 # The scan as an operator. Its arguments, all positional, are those of `selective_scan` up to h0,
-# then softplus, exact, whether to keep some states for the gradient, and the backend.
+# then `begins`, its starts, softplus, exact, whether to keep some states for the gradient, and the
+# backend. Where a sequence begins, the decay is zero, which is all that it takes.
 
 BACKENDS = ("sequential", "parallel", "numba", "triton")
 KEPT = 32  # tokens between two states that the backends on a CPU keep
 
 
-def _fused(x, dt, A, B, C, D, z, dt_bias, h0, softplus, exact, backend) -> tuple[Tensor, Tensor]:
+def _fused(x, dt, A, B, C, D, z, dt_bias, h0, begins, softplus, exact) -> tuple[Tensor, Tensor]:
     """The whole of it in one operator: bias, softplus, scan, skip connection and gate."""
-    given = x, dt, A, B, C, D, z, dt_bias, h0
-    return _SCAN(*given, softplus, exact, _learning(given), backend)[:2]
+    given = x, dt, A, B, C, D, z, dt_bias, h0, begins
+    return _SCAN(*given, softplus, exact, _learning(given), "triton")[:2]
 
 
 def _unfused(
-    x, dt, A, B, C, D, z, dt_bias, h0, softplus, exact, backend, starts
+    x, dt, A, B, C, D, z, dt_bias, h0, begins, softplus, exact, backend
 ) -> tuple[Tensor, Tensor]:
     """Bias and softplus before the scan, skip connection and gate after it, in PyTorch."""
     dtype = wide(x.dtype)
@@ -365,12 +360,10 @@ def _unfused(
     step = _step_size(dt, dt_bias, softplus, dtype)
     given = *(tensor.to(dtype) for tensor in (x, step, A, B, C)), h0
     if backend == "sequential":
-        y, h_last = _sequential(*given, exact, starts)
-    elif starts is not None:
-        y, h_last = _packed(*given, exact, starts)
+        y, h_last = _sequential(*given, begins, exact)
     else:
         *tokens, h0 = given
-        ends = None, None, None, h0, False, exact, _learning(given), backend
+        ends = None, None, None, h0, begins, False, exact, _learning(given), backend
         y, h_last = _SCAN(*tokens, *ends)[:2]
     return _skip_and_gate(y, x, D, z), h_last
 
@@ -383,47 +376,48 @@ def _learning(given: Iterable[Tensor | None]) -> bool:
     return learning and any(t is not None and t.requires_grad for t in given)
 
 
-def _sequential(x, dt, A, B, C, h, exact, starts) -> tuple[Tensor, Tensor]:
+def _sequential(x, dt, A, B, C, h, begins, exact) -> tuple[Tensor, Tensor]:
     outputs = []
     for t, token in enumerate(zip(*(part.unbind(1) for part in (x, dt, B, C)), strict=True)):
         x_t, dt_t, B_t, C_t = token
-        if starts is not None:
-            h = h.masked_fill(starts[:, t, None, None], 0)
+        if begins is not None:
+            h = h.masked_fill(begins[:, t, None, None], 0)
         y_t, h = _advance(h, x_t, dt_t, A, B_t, C_t, exact)
         outputs.append(y_t)
     return torch.stack(outputs, 1), h
 
 
 def _definition(
-    x, dt, A, B, C, D, z, dt_bias, h0, softplus, exact, keep, backend
+    x, dt, A, B, C, D, z, dt_bias, h0, begins, softplus, exact, keep, backend
 ) -> tuple[Tensor, Tensor]:
     """What the operator computes, without a kernel: all states at once."""
     dtype = wide(x.dtype)
     step = _step_size(dt, dt_bias, softplus, dtype)
-    a, b = _discrete(x.to(dtype), step, A.to(dtype), B.to(dtype), exact)
+    a, b = _discrete(x.to(dtype), step, A.to(dtype), B.to(dtype), exact, begins)
     states = linear_scan(a, b, h0)
     y = (states * C.to(dtype)[:, :, None]).sum(-1)
     return _skip_and_gate(y, x, D, z), states[:, -1]
 
 
 def _run_scan(
-    x, dt, A, B, C, D, z, dt_bias, h0, softplus, exact, keep, backend
+    x, dt, A, B, C, D, z, dt_bias, h0, begins, softplus, exact, keep, backend
 ) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "triton":
         from mamba_tutorial.kernels.selective_scan import forward
 
-        y, h_last, starts = forward(x, dt, A, B, C, D, z, dt_bias, h0, softplus, exact, keep)
+        given = x, dt, A, B, C, D, z, dt_bias, h0, begins
+        y, h_last, starts = forward(*given, softplus, exact, keep)
     elif _in_numba(backend):
         from mamba_tutorial.kernels.cpu import forward
 
-        y, h_last, starts = forward(x, dt, A, B, C, h0, exact)
+        y, h_last, starts = forward(x, dt, A, B, C, h0, begins, exact)
     else:
-        y, h_last, starts = _parallel(x, dt, A, B, C, h0, exact)
+        y, h_last, starts = _parallel(x, dt, A, B, C, h0, begins, exact)
     return y, h_last, starts if keep else h_last.new_empty(0)
 
 
 def _like_scan(
-    x, dt, A, B, C, D, z, dt_bias, h0, softplus, exact, keep, backend
+    x, dt, A, B, C, D, z, dt_bias, h0, begins, softplus, exact, keep, backend
 ) -> tuple[Tensor, Tensor, Tensor]:
     (batch, length, d_inner), d_state, every = x.shape, A.shape[1], KEPT
     state = d_inner, d_state
@@ -449,7 +443,7 @@ def _scan_gradient(wanted, upstream, inputs, kept) -> tuple:
     dy, dh_last, _ = upstream
     dx, ddt, dz, shared, own, dh0 = _GRADIENTS(*given, dy, dh_last, *kept, softplus, exact, backend)
     (dB, dC), n = shared.unbind(0), given[2].shape[1]
-    return dx, ddt, own[:n].mT, dB, dC, own[n], dz, own[n + 1], dh0, *(None,) * 4
+    return dx, ddt, own[:n].mT, dB, dC, own[n], dz, own[n + 1], dh0, *(None,) * 5
 
 
 # Its gradients: of x, dt and z (empty if there is none); of B and C, one above the other; of A, D
@@ -457,27 +451,28 @@ def _scan_gradient(wanted, upstream, inputs, kept) -> tuple:
 
 
 def _run_gradients(
-    x, dt, A, B, C, D, z, dt_bias, h0, dy, dh_last, starts, softplus, exact, backend
+    x, dt, A, B, C, D, z, dt_bias, h0, begins, dy, dh_last, starts, softplus, exact, backend
 ) -> tuple[Tensor, ...]:
     if starts.numel() == 0:  # nobody could know that they would be asked for
-        given = x, dt, A, B, C, D, z, dt_bias, h0
+        given = x, dt, A, B, C, D, z, dt_bias, h0, begins
         starts = _run_scan(*given, softplus, exact, True, backend)[2]
     if backend == "triton":
         from mamba_tutorial.kernels.selective_scan import backward
 
-        return backward(dy, dh_last, starts, x, dt, A, B, C, D, z, dt_bias, softplus, exact)
+        given = x, dt, A, B, C, D, z, dt_bias, begins
+        return backward(dy, dh_last, starts, *given, softplus, exact)
     dy = torch.zeros_like(x) if dy is None else dy
     dh_last = torch.zeros_like(h0) if dh_last is None else dh_last
     backward = _parallel_backward
     if _in_numba(backend):
         from mamba_tutorial.kernels.cpu import backward
-    dx, ddt, dA, dB, dC, dh0 = backward(dy, dh_last, starts, x, dt, A, B, C, exact)
+    dx, ddt, dA, dB, dC, dh0 = backward(dy, dh_last, starts, x, dt, A, B, C, begins, exact)
     own = torch.cat([dA.mT, dA.new_zeros(2, len(dA))])
     return dx, ddt, x.new_empty(0), torch.stack([dB, dC]), own, dh0
 
 
 def _like_gradients(
-    x, dt, A, B, C, D, z, dt_bias, h0, dy, dh_last, starts, softplus, exact, backend
+    x, dt, A, B, C, D, z, dt_bias, h0, begins, dy, dh_last, starts, softplus, exact, backend
 ) -> tuple[Tensor, ...]:
     dh0 = _like_state(x, A, backend)
     shared = B.dtype if B.dtype == C.dtype else torch.float32
@@ -492,11 +487,11 @@ def _like_gradients(
 
 
 def _gradients_definition(
-    x, dt, A, B, C, D, z, dt_bias, h0, dy, dh_last, starts, softplus, exact, backend
+    x, dt, A, B, C, D, z, dt_bias, h0, begins, dy, dh_last, starts, softplus, exact, backend
 ) -> tuple[Tensor, ...]:
     given = x, dt, A, B, C, D, z, dt_bias, h0
     wanted = [tensor is not None for tensor in given]
-    inputs = *given, softplus, exact, False, backend
+    inputs = *given, begins, softplus, exact, False, backend
     found = vjp(_definition, wanted, (dy, dh_last), inputs)
     dx, ddt, dA, dB, dC, dD, dz, dbias, dh0 = found
     none = dA.new_zeros(len(dA))
@@ -511,7 +506,7 @@ _TENSORS = (
 )
 _SCAN = register(
     "selective_scan",
-    f"({_TENSORS}, Tensor? h0, bool softplus, bool exact, bool keep, str backend)"
+    f"({_TENSORS}, Tensor? h0, Tensor? begins, bool softplus, bool exact, bool keep, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     run=_run_scan,
     like=_like_scan,
@@ -522,8 +517,9 @@ _SCAN = register(
 )
 _GRADIENTS = register(
     "selective_scan_backward",
-    f"({_TENSORS}, Tensor? h0, Tensor? dy, Tensor? dh_last, Tensor starts, bool softplus,"
-    " bool exact, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({_TENSORS}, Tensor? h0, Tensor? begins, Tensor? dy, Tensor? dh_last, Tensor starts,"
+    " bool softplus, bool exact, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     run=_run_gradients,
     like=_like_gradients,
     definition=_gradients_definition,
@@ -560,11 +556,16 @@ def _pieces(x: Tensor, A: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, x.shape[1], size)]
 
 
-def _parallel(x, dt, A, B, C, h, exact) -> tuple[Tensor, Tensor, Tensor]:
+def _discrete_piece(piece, x, dt, A, B, exact, begins) -> tuple[Tensor, Tensor]:
+    x, dt, B = (part[:, piece] for part in (x, dt, B))
+    return _discrete(x, dt, A, B, exact, None if begins is None else begins[:, piece])
+
+
+def _parallel(x, dt, A, B, C, h, begins, exact) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, the last state, and the states before every KEPT tokens."""
     outputs, starts = [], []
     for piece in _pieces(x, A):
-        a, b = _discrete(x[:, piece], dt[:, piece], A, B[:, piece], exact)
+        a, b = _discrete_piece(piece, x, dt, A, B, exact, begins)
         states = linear_scan(a, b, h)
         outputs.append((states @ C[:, piece, :, None]).squeeze(-1))
         starts += [h[:, None], states[:, KEPT - 1 : -1 : KEPT]]
@@ -572,25 +573,7 @@ def _parallel(x, dt, A, B, C, h, exact) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat(outputs, 1), h, torch.cat(starts, 1)
 
 
-def _packed(x, dt, A, B, C, h, exact, starts) -> tuple[Tensor, Tensor]:
-    """The same over sequences in a row. For the gradient the states of a piece are made again."""
-    outputs, pieces = [], _pieces(x, A)
-    again = len(pieces) > 1 and torch.is_grad_enabled()
-    for piece in pieces:
-        parts = (part[:, piece] for part in (x, dt, B, C, starts))
-        run = partial(_packed_piece, *parts, A, h, exact)
-        y, h = checkpoint(run, use_reentrant=False, preserve_rng_state=False) if again else run()
-        outputs.append(y)
-    return torch.cat(outputs, 1), h
-
-
-def _packed_piece(x, dt, B, C, starts, A, h, exact) -> tuple[Tensor, Tensor]:
-    a, b = _discrete(x, dt, A, B, exact)
-    states = linear_scan(a, b, h, starts=starts)
-    return (states @ C[..., None]).squeeze(-1), states[:, -1]
-
-
-def _parallel_backward(dy, G, starts, x, dt, A, B, C, exact) -> tuple[Tensor, ...]:
+def _parallel_backward(dy, G, starts, x, dt, A, B, C, begins, exact) -> tuple[Tensor, ...]:
     """Return the gradients of x, dt, A, B, C and h0.
 
     With γ_t = dy_t C_t + a_{t+1} γ_{t+1} the gradient of the state, what arrives at z = Δ A is
@@ -600,7 +583,7 @@ def _parallel_backward(dy, G, starts, x, dt, A, B, C, exact) -> tuple[Tensor, ..
     for piece in reversed(_pieces(x, A)):
         x_, dt_, B_, C_, dy_ = (part[:, piece] for part in (x, dt, B, C, dy))
         h = starts[:, piece.start // KEPT]
-        a, b = _discrete(x_, dt_, A, B_, exact)
+        a, b = _discrete_piece(piece, x, dt, A, B, exact, begins)
         states = linear_scan(a, b, h)
         before = torch.cat([h[:, None], states[:, :-1]], 1)
         arriving = dy_[..., None] * C_[:, :, None]
@@ -634,7 +617,7 @@ def _numba_works() -> bool:
         from mamba_tutorial.kernels.cpu import forward
 
         one = torch.ones(1, 1, 1)
-        forward(one, one, one[0], one, one, one, False)
+        forward(one, one, one[0], one, one, one, None, False)
     except Exception as error:  # whatever it is, there is another way
         warnings.warn(
             f"Numba cannot be used ({type(error).__name__}: {error}). PyTorch's operations scan "
@@ -681,11 +664,17 @@ def _advance(
     return (h @ C[..., None]).squeeze(-1), h
 
 
-def _discrete(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
-    """Return exp(Δ A) and w(Δ A) Δ x B, both (..., d_inner, d_state)."""
+def _discrete(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, exact: bool, begins: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return exp(Δ A), but 0 where a sequence begins, and w(Δ A) Δ x B.
+
+    Both are (..., d_inner, d_state).
+    """
     z = dt[..., None] * A
-    b = (dt * x)[..., None] * B[..., None, :]
-    return z.exp(), exprel(z) * b if exact else b
+    a, b = z.exp(), (dt * x)[..., None] * B[..., None, :]
+    a = a if begins is None else a.masked_fill(begins[..., None, None], 0)
+    return a, exprel(z) * b if exact else b
 
 
 def _step_size(dt: Tensor, bias: Tensor | None, softplus: bool, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,8 @@ def test_a_failure_is_recorded_with_its_reason_and_a_missing_library_by_its_name
     assert row == {"name": "a", "passed_over": "no_such_library is not installed"}
 
 
-def test_the_candidates_compute_the_same():
+@pytest.mark.parametrize("starts", [None, torch.arange(40).view(2, 20) % 7 == 3])
+def test_the_candidates_compute_the_same(starts):
     generator = torch.Generator().manual_seed(0)
     x, dt, z = torch.randn(3, 2, 20, 3, generator=generator).unbind(0)
     B, C = torch.randn(2, 2, 20, 16, generator=generator).unbind(0)
@@ -35,10 +37,10 @@ def test_the_candidates_compute_the_same():
     D, bias = torch.randn(2, 3, generator=generator).unbind(0)
     given = [x, dt, A, B, C, D, z, bias]
     upstream = torch.randn(2, 20, 3, generator=generator)
-    exact = benchmark_gpu.exact_scan(given, upstream)
-    candidates = [benchmark_gpu.unfused_scan]
+    exact = benchmark_gpu.exact_scan(given, upstream, starts)
+    candidates = [benchmark_gpu.unfused_scan] if starts is None else []
     if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
-        candidates.append(benchmark_gpu.ours_scan)
+        candidates.append(partial(benchmark_gpu.ours_scan, starts=starts))
     for scan in candidates:
         leaves = [tensor.detach().requires_grad_() for tensor in given]
         y = scan(*leaves)

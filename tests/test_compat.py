@@ -104,6 +104,81 @@ def test_half_precision(form):
     compare(problem(form, form, dtype=torch.bfloat16), 2e-2)
 
 
+# The cases and tolerances of the official test, test_selective_scan in mamba_ssm's repository, with
+# those that it has in comments. The inputs are drawn as there, two sequences of four channels and
+# eight states; the reference is ours, in float64.
+
+LENGTHS = [8, 16, 32, 64, 128, 256, 372, 512, 784, 1024, 1134, 2048, 4096]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+TOLERANCES = {  # relative and absolute
+    torch.float32: (6e-4, 2e-3),
+    torch.float16: (3e-3, 5e-3),
+    torch.bfloat16: (3e-2, 5e-2),
+}
+
+
+def official_case(dtype, length, B="shared", C="shared", without=()):
+    """Outputs and all gradients of the official case, and how far off each may be."""
+    given = problem(B, C, dtype, length)
+    generator = torch.Generator().manual_seed(1)
+    for name, scale in (("A", -0.5), ("delta", 0.5), ("delta_bias", 0.5)):
+        uniform = torch.rand(given[name].shape, generator=generator)
+        given[name] = (scale * uniform).to(given[name])
+    given = {name: tensor for name, tensor in given.items() if name not in without}
+    rtol, atol = TOLERANCES[dtype]
+    weights = max(1e-3, rtol * ("z" in given)), max(1e-3, atol * ("z" in given))
+    limits = {name: (rtol, atol) for name in ("y", "last", "z", "B", "C")}
+    limits |= {"u": (2 * rtol, 2 * atol), "delta": (5 * rtol, 10 * atol)}
+    limits |= {"A": (weights[0], 5 * weights[1]), "D": weights, "delta_bias": weights}
+    return given, limits
+
+
+def assert_official(given, limits, softplus=True):
+    ours = {name: t.detach().requires_grad_() for name, t in given.items()}
+    exact = {name: t.detach().cpu().double().requires_grad_() for name, t in given.items()}
+    found = selective_scan_fn(**ours, delta_softplus=softplus, return_last_state=True)
+    right = definition(**exact, delta_softplus=softplus)
+    upstream = torch.randn(found[0].shape, generator=torch.Generator().manual_seed(2))
+    upstream = upstream.to(found[0])
+    results = *found, *torch.autograd.grad(found[0], list(ours.values()), upstream)
+    wanted = *right, *torch.autograd.grad(right[0], list(exact.values()), upstream.cpu().double())
+    for name, value, reference in zip(["y", "last", *given], results, wanted, strict=True):
+        rtol, atol = limits[name]
+        torch.testing.assert_close(
+            value.cpu().double(), reference, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("groups", ["shared", "two groups"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", LENGTHS if DEVICE == "cuda" else [8, 128, 372])
+def test_the_official_cases(length, dtype, groups):
+    assert_official(*official_case(dtype, length, groups, groups))
+
+
+@pytest.mark.parametrize("without", [(), ("D",), ("z",), ("delta_bias",), ("D", "z", "delta_bias")])
+@pytest.mark.parametrize("softplus", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_official_cases_without_options(dtype, softplus, without):
+    assert_official(*official_case(dtype, 128, without=without), softplus)
+
+
+@pytest.mark.parametrize(("B", "C"), [("constant", "shared"), ("shared", "constant"),
+                                      ("constant", "constant")])  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_official_cases_with_constants(dtype, B, C):
+    assert_official(*official_case(dtype, 128, B, C))
+
+
+@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.parametrize("name", ["A", "B", "C"])
+def test_the_official_complex_case_is_refused_by_name(name):
+    given, _ = official_case(torch.float32, 128)
+    given[name] = given[name].to(torch.complex64)
+    with pytest.raises(TypeError, match=f"{name} has dtype torch.complex64, expected a real one"):
+        selective_scan_fn(**given, delta_softplus=True)
+
+
 def test_the_output_alone():
     given = problem()
     y = selective_scan_fn(**given, delta_softplus=True)

@@ -8,6 +8,7 @@ import io
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -73,13 +74,15 @@ def examples():
     fused = tuple(scan_inputs().values())
     core = *fused[:1], fused[1].abs(), *fused[2:5], None, None, None, fused[8]
     dy, dh_last = random(2, 40, 6, seed=10), random(2, 6, 4, seed=11)
+    begins = random(2, 40, seed=12) > 1
     for backend in ("parallel", *KERNELS):
         given, softplus = (fused, True) if backend == "triton" else (core, False)
-        for exact in (False, True):
-            yield "selective_scan", (*given, softplus, exact, True, backend)
-            starts = OPERATORS["selective_scan"](*given, softplus, exact, True, backend)[2]
+        for exact, marks in ((False, None), (True, None), (False, begins), (True, begins)):
+            whole = *given, marks, softplus, exact, True, backend
+            yield "selective_scan", whole
+            starts = OPERATORS["selective_scan"](*whole)[2]
             ends = dy, dh_last, starts.detach(), softplus, exact, backend
-            yield "selective_scan_backward", (*given, *ends)
+            yield "selective_scan_backward", (*given, marks, *ends)
     step = [t[:, 0] if t.ndim == 3 else t for t in fused[:8]]
     yield "selective_step", (fused[8], *step[:2], fused[2], *step[3:])
     x, before, weight = random(2, 9, 5), random(2, 3, 5, seed=1), random(5, 4, seed=2)
@@ -128,7 +131,10 @@ def test_every_operator_has_an_example():
 def test_pytorch_is_told_the_truth(name, arguments):
     """Schema, shapes without numbers, and gradients, as PyTorch's own check sees them."""
     leaves = [
-        a.detach().clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments
+        a.detach().clone().requires_grad_(a.dtype != torch.bool)
+        if isinstance(a, torch.Tensor)
+        else a
+        for a in arguments
     ]
     if name.startswith("dplr_spectrum"):  # at given roots
         leaves[-2:] = arguments[-2:]
@@ -219,6 +225,39 @@ def test_second_derivatives_on_every_backend(backend, rule):
     ):
         scale = exact.abs().max()
         torch.testing.assert_close(result.double() / scale, exact / scale, rtol=0, atol=2e-5)
+
+
+@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.filterwarnings("ignore")  # PyTorch's compiler has many of its own
+@pytest.mark.parametrize("backend", ["parallel", *KERNELS])
+def test_sequences_in_a_row_under_every_transform(backend):
+    given, starts = scan_inputs(2, 9, 3, 2), random(2, 9, seed=12) > 0.5
+    x = given.pop("x")
+
+    def scan(x, starts, backend=backend):
+        return selective_scan(x, **given, dt_softplus=True, backend=backend, starts=starts)
+
+    def one(x, z, starts, backend):
+        shared = {k: given[k][:1] for k in ("dt", "B", "C", "h0")}
+        rest = {k: given[k] for k in ("A", "D", "dt_bias")} | {"starts": starts[None]}
+        y = selective_scan(x[None], **shared, **rest, z=z[None], dt_softplus=True, backend=backend)
+        return y.square().sum()
+
+    def results(backend):
+        yield func.jvp(lambda x: scan(x, starts, backend), (x,), (x.cos(),))[1]
+        yield func.vmap(func.grad(partial(one, backend=backend)))(x, given["z"], starts)
+        yield func.hessian(lambda x: scan(x, starts, backend).square().sum())(x)
+
+    for result, exact in zip(results(backend), results("sequential"), strict=True):
+        torch.testing.assert_close(result, exact, rtol=1e-4, atol=1e-4)
+    compiled = torch.compile(scan, fullgraph=True, backend="aot_eager")
+    leaf = x.detach().clone().requires_grad_()
+    for run in (scan, compiled):
+        y = run(leaf, starts)
+        torch.testing.assert_close(y, scan(x, starts, "sequential"), rtol=1e-4, atol=1e-4)
+        (found,) = torch.autograd.grad(y.square().sum(), leaf)
+        (right,) = torch.autograd.grad(scan(leaf, starts, "sequential").square().sum(), leaf)
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("make", [lambda: S4(3, 4), lambda: S4D(3, 4)], ids=["S4", "S4D"])

@@ -1,5 +1,7 @@
 """Sequences in a row, and prompts filled up on their left, are as each is alone."""
 
+import importlib
+import importlib.util
 import itertools
 
 import pytest
@@ -11,6 +13,7 @@ from mamba_tutorial.selective import selective_scan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [3, 1, 7, 2, 5]
+NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")
 CONFIG = {"d_model": 12, "n_layer": 2, "vocab_size": 19, "d_state": 3}
 
 
@@ -58,6 +61,178 @@ def test_a_row_is_scanned_sequence_by_sequence(backend, discretization, pieces, 
     d = normal(*y.shape), normal(*last.shape)
     wanted = torch.autograd.grad((right, right_last), given, d)
     assert_same(torch.autograd.grad((y, last), given, d), wanted)
+
+
+# the kernels: in float32 and with half-precision inputs, against each sequence alone in float64
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+KERNELS = ["numba"] * (DEVICE == "cpu") + ["triton"] * HAS_TRITON
+SIZES = {  # batch, length, d_inner, d_state
+    "odd": (2, 37, 5, 5),
+    "three chunks, two halves each": (1, 150, 2, 4),
+    "released state": (2, 35, 9, 16),
+    "many states": (1, 67, 3, 32),
+    "eight chunks": (1, 500, 2, 4),
+}
+PLACES = {
+    "the first token": lambda t: t == 0,
+    "the last token": lambda t: t == t[-1],
+    "every token": lambda t: t >= 0,
+    "borders of tiles and chunks": lambda t: t % 16 == 0,
+    "beside borders": lambda t: (t % 64 == 63) | (t % 64 == 1),
+    "anywhere": lambda t: torch.rand(len(t), generator=torch.Generator().manual_seed(3)) < 0.1,
+    "nowhere": lambda t: t < 0,
+}
+
+
+def marked(place, batch, length):
+    """(batch, length); the rows are alike but for a turn, so that they differ."""
+    row = PLACES[place](torch.arange(length))
+    turn = 0 if place in {"the first token", "the last token"} else 5
+    return torch.stack([row.roll(turn * b) for b in range(batch)]).to(DEVICE)
+
+
+def alone(given, starts, upstream, **options):
+    """y, the last state and all gradients, of every sequence by itself, in float64."""
+    leaves = {name: t.detach().double().requires_grad_() for name, t in given.items()}
+    ys, ends = [], []
+    for b, row in enumerate(starts.tolist()):
+        cuts = sorted({0, len(row), *(t for t, begins in enumerate(row) if begins)})
+        outputs = []
+        for first, stop in itertools.pairwise(cuts):
+            parts = {
+                name: t[b : b + 1, first:stop] if name in {"x", "dt", "B", "C", "z"} else t
+                for name, t in leaves.items()
+            }
+            h0 = leaves["h0"][b : b + 1] if not row[first] else None
+            y, end = selective_scan(**parts | {"h0": h0}, backend="sequential", **options)
+            outputs.append(y)
+        ys.append(torch.cat(outputs, 1))
+        ends.append(end)
+    outputs = torch.cat(ys), torch.cat(ends)
+    wanted = torch.autograd.grad(outputs, list(leaves.values()), upstream, materialize_grads=True)
+    return [*outputs, *wanted]
+
+
+def rounding(length):
+    """As in test_kernels: a GPU's exponential is off by up to 2⁻²², for every token."""
+    return 2e-6 if DEVICE == "cpu" else max(2e-6, 3 * 2**-22 * length**0.5)
+
+
+def assert_kernels_agree(backend, size, place, rule="mamba", dtype=torch.float32):
+    batch, length, d_inner, d_state = SIZES[size]
+    off = rounding(length) if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape, dtype=torch.float32):
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    x, dt, z = (random(batch, length, d_inner, dtype=dtype) for _ in range(3))
+    B, C = (random(batch, length, d_state, dtype=dtype) for _ in range(2))
+    A = -3 * random(d_inner, d_state).abs()
+    A[0, 0], h0 = 0, random(batch, d_inner, d_state)  # one that never forgets by itself
+    given = {"x": x, "dt": dt - 2, "A": A, "B": B, "C": C, "D": random(d_inner), "z": z}
+    given |= {"dt_bias": random(d_inner), "h0": h0}
+    starts = marked(place, batch, length)
+    upstream = [random(*x.shape), random(*h0.shape)]
+    options = {"dt_softplus": True, "return_last_state": True, "discretization": rule}
+    exact = alone(given, starts, [d.double() for d in upstream], **options)
+    leaves = {name: t.detach().requires_grad_() for name, t in given.items()}
+    found = selective_scan(**leaves, starts=starts, backend=backend, **options)
+    upstream = [d.to(value.dtype) for d, value in zip(upstream, found, strict=True)]
+    found += torch.autograd.grad(found, list(leaves.values()), upstream)
+    for name, value, right in zip(["y", "last", *given], found, exact, strict=True):
+        error = (value.double() - right).abs().max() / (right.abs().max() + 1e-3)
+        assert error < off, name
+    assert not found[-1][starts[:, 0]].any()  # a state that is not read has no gradient, to the bit
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_kernels_read_a_row_sequence_by_sequence(backend, place):
+    assert_kernels_agree(backend, "three chunks, two halves each", place)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_kernels_read_rows_of_all_sizes(backend, size):
+    assert_kernels_agree(backend, size, "anywhere")
+
+
+@pytest.mark.parametrize("place", ["every token", "anywhere"])
+@pytest.mark.parametrize("size", ["odd", "three chunks, two halves each"])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_kernels_read_a_row_with_the_exact_rule(backend, size, place):
+    assert_kernels_agree(backend, size, place, rule="zoh")
+
+
+@pytest.mark.parametrize("size", ["odd", "three chunks, two halves each"])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_kernels_read_a_row_in_half_precision(backend, size):
+    assert_kernels_agree(backend, size, "anywhere", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("step", [0.0, 1.0])
+@pytest.mark.parametrize("rule", ["mamba", "zoh"])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_extreme_decays_in_a_row(backend, rule, step):
+    """Gone at once, hardly less, none, and growth by e⁸⁰ in a sequence, which is never too much."""
+    A = torch.tensor([[-1e4, -1e-6], [0.0, 2.0]], device=DEVICE)
+    x, dt = torch.ones(1, 150, 2, device=DEVICE), torch.full((1, 150, 2), step, device=DEVICE)
+    starts = torch.arange(150, device=DEVICE)[None] % 40 == 7
+    given = [x, dt, A, x, x, torch.ones(1, 2, 2, device=DEVICE)]
+
+    def results(given, backend):
+        x, dt, A, B, C, h0 = leaves = [tensor.detach().requires_grad_() for tensor in given]
+        options = {"discretization": rule, "backend": backend, "starts": starts, "h0": h0}
+        y = selective_scan(x, dt, A, B, C, **options)
+        return y, *torch.autograd.grad(y.sum(), leaves)
+
+    exact = results([tensor.double() for tensor in given], "sequential")
+    for value, right in zip(results(given, backend), exact, strict=True):
+        torch.testing.assert_close(value.double(), right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="without a GPU those above are the ones in Triton")
+@pytest.mark.parametrize("size", SIZES)
+def test_kernels_in_triton_read_a_row_on_a_gpu_too(size, monkeypatch):
+    monkeypatch.setattr("mamba_tutorial.kernels.selective_scan._takes", lambda *given: False)
+    assert_kernels_agree("triton", size, "anywhere")
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton exists for Linux only")
+@pytest.mark.parametrize("place", ["beside borders", "anywhere", "every token", "nowhere"])
+@pytest.mark.parametrize("length", [150, 500])
+def test_what_chunks_give_to_the_next(length, place):
+    """In both directions, joined as the kernels join it: states, and gradients of states."""
+    kernel = importlib.import_module("mamba_tutorial.kernels.selective_scan")
+    given = {name: t.detach().float() for name, t in zip(NAMES, problem(length), strict=True)}
+    starts, chunk = marked(place, 1, length), 64
+    dy, (before, after) = normal(1, length, 4).float(), normal(2, 1, 4, 3).float().unbind(0)
+    double = {name: t.double() for name, t in given.items()}
+    options = {"dt_softplus": True, "return_last_state": True, "backend": "sequential"}
+    x, dt, A, B, C, _, z, bias = given.values()
+    A = A.mT.contiguous()
+    sizes, config = (length, chunk, 4, 3), kernel._config(3, dt_softplus=True, exact=False)
+
+    def joined(h, u, V, z, reverse):
+        packed = u, dt, A, V, z, bias, kernel._marked(starts)
+        ends, spans = kernel._run_ends(*packed, sizes, config, reverse)
+        h = h.mT.double()
+        for end, span in zip(ends.flatten(0, 2), spans.flatten(0, 2), strict=True):
+            h = torch.where(span < 0, 0, torch.exp(A.double() * span.clamp(min=0)) * h) + end
+        return h.mT
+
+    near = {"rtol": 5 * rounding(length), "atol": 5 * rounding(length)}
+    last = (length - 1) // chunk * chunk  # the first token of the last chunk
+    head = {k: t[:, :last] if t.ndim == 3 else t for k, t in double.items()}
+    _, right = selective_scan(**head, h0=before.double(), starts=starts[:, :last], **options)
+    torch.testing.assert_close(joined(before, x, B, None, False), right, **near)
+    tail = {k: t[:, chunk:] if t.ndim == 3 else t for k, t in double.items()}
+    h = torch.zeros_like(before).double().requires_grad_()
+    found = selective_scan(**tail, h0=h, starts=starts[:, chunk:], **options)
+    (right,) = torch.autograd.grad(found, h, [dy[:, chunk:].double(), after.double()])
+    torch.testing.assert_close(joined(after, dy, C, z, True), right, **near)
 
 
 def test_a_state_before_counts_up_to_the_first_start():
@@ -186,10 +361,3 @@ def test_bad_input_is_named(model, message):
     ids = torch.tensor([[1, 2, 3, 14, 15]] * 2, device=DEVICE)
     with pytest.raises((TypeError, ValueError), match=message):
         BAD[message](model, ids)
-
-
-@pytest.mark.parametrize("backend", ["numba", "triton"])
-def test_kernels_that_know_no_starts_say_so(backend):
-    given = problem(4)
-    with pytest.raises(ValueError, match=f"backend is '{backend}', expected 'auto', 'parallel'"):
-        selective_scan(*given, dt_softplus=True, backend=backend, starts=row_of([4]))

@@ -3,6 +3,9 @@
 from mamba_tutorial.kernels._triton import tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)  # the GPU has a unit for 2^x; e^x = 2^(x log₂ e)
+# Added to the exponent of a decay, and to Σ Δ, where a sequence begins: the decay is 2^NEVER = 0,
+# whatever A is, 0 included, and a sum below zero says that nothing goes through.
+NEVER = tl.constexpr(-1e30)
 
 
 def _softplus(x):
@@ -35,9 +38,15 @@ def _sigmoid(x):
     return tl.where(x >= 0, r, u * r)
 
 
-def _carry(h, exponent):
-    """2^exponent h in two halves, for 2^exponent alone may be too large for a number."""
-    half = tl.exp2(exponent * 0.5)
+def _carry(h, span, A2, CUT: tl.constexpr):
+    """2^(span A2) h in two halves, for 2^(span A2) alone may be too large for a number.
+
+    If CUT, a span below zero says that a sequence begins in it: then 0.
+    """
+    if CUT:
+        h = tl.where(span < 0, 0.0, h)
+        span = tl.maximum(span, 0.0)
+    half = tl.exp2(span * A2 * 0.5)
     return tl.where(h == 0, 0.0, half * (half * h))
 
 

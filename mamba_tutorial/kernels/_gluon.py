@@ -11,6 +11,7 @@ from types import FunctionType
 from torch import Tensor
 
 from mamba_tutorial.kernels import _gates
+from mamba_tutorial.kernels._gates import NEVER
 from mamba_tutorial.kernels._launch import generation
 from mamba_tutorial.kernels._triton import async_copy, gl, gluon, triton
 
@@ -51,6 +52,24 @@ def aligned(tensor: Tensor) -> bool:
 def below(index, count, ALWAYS: gl.constexpr):
     """Return index < count; where it always holds, a condition that the compiler drops."""
     return index >= 0 if ALWAYS else index < count
+
+
+@gluon.jit
+def marks(begins_ptr, first, TILE: gl.constexpr):
+    """Return the marks of a tile's tokens, a byte for each, eight to a word; () without marks."""
+    words = ()
+    if begins_ptr is not None:
+        for i in gl.static_range(TILE // 8):
+            words = words + (gl.load(begins_ptr + first // 8 + i),)
+    return words
+
+
+@gluon.jit
+def decay(exponent, begins_ptr, words, k: gl.constexpr):
+    """Return 2^exponent; 0 if token k of a tile is marked in its words, where there are such."""
+    if begins_ptr is not None:
+        exponent += gl.where((words[k // 8] >> (8 * (k % 8))) & 255 != 0, NEVER, 0.0)
+    return gl.exp2(exponent)
 
 
 @gluon.jit

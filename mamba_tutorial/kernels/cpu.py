@@ -33,15 +33,23 @@ PIECE = {"inline": "always", "fastmath": FAST}
 
 
 def forward(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor, exact: bool
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    h0: Tensor,
+    begins: Tensor | None,
+    exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, the last state, and the states before every CHUNK tokens. All float32 on the CPU.
 
     x, dt: (batch, length, d_inner); A: (d_inner, d_state); B, C: (batch, length, d_state); h0 and
-    the last state: (batch, d_inner, d_state); the others (batch, chunks, d_inner, d_state). `exact`
-    asks for the zero-order hold of B. dt must not be negative.
+    the last state: (batch, d_inner, d_state); the others (batch, chunks, d_inner, d_state). begins:
+    (batch, length), true where a new sequence begins. `exact` asks for the zero-order hold of B. dt
+    must not be negative.
     """
-    inputs = [tensor.contiguous() for tensor in (x, dt, A, B, C, h0)]
+    inputs = [tensor.contiguous() for tensor in (x, dt, A, B, C, h0, _marks(begins, x))]
     batch, length, d_inner = x.shape
     starts = x.new_empty(batch, -(-length // CHUNK), d_inner, A.shape[1])
     y, h_last = x.new_empty(x.shape), h0.new_empty(h0.shape)
@@ -58,10 +66,11 @@ def backward(
     A: Tensor,
     B: Tensor,
     C: Tensor,
+    begins: Tensor | None,
     exact: bool,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of x, dt, A, B, C and h0, from those of y and of the last state."""
-    given = [tensor.contiguous() for tensor in (x, dt, A, B, C)]
+    given = [tensor.contiguous() for tensor in (x, dt, A, B, C, _marks(begins, x))]
     batch, length, d_inner = x.shape
     blocks, d_state = -(-d_inner // BLOCK), A.shape[1]
     dx, ddt, dh0 = (x.new_empty(like.shape) for like in (x, x, dh_last))
@@ -73,6 +82,10 @@ def backward(
     results = dx, ddt, dA, dB, dC, dh0
     _run(_backward, batch * blocks, *given, exact, starts, *upstream, *results)
     return dx, ddt, dA.sum(0), dB.sum(0), dC.sum(0), dh0
+
+
+def _marks(begins: Tensor | None, x: Tensor) -> Tensor:
+    return x.new_zeros(x.shape[:2], dtype=torch.bool) if begins is None else begins
 
 
 def _run(kernel: Callable, programs: int, *arguments: Tensor | bool) -> None:
@@ -112,7 +125,7 @@ def _compiled(function: Callable) -> Callable:
 
 
 @_compiled
-def _forward(begin, end, x, dt, A, B, C, h0, exact, y, starts, h_last):
+def _forward(begin, end, x, dt, A, B, C, h0, begins, exact, y, starts, h_last):
     _, length, d_inner = x.shape
     d_state = A.shape[1]
     blocks = -(-d_inner // BLOCK)
@@ -123,6 +136,8 @@ def _forward(begin, end, x, dt, A, B, C, h0, exact, y, starts, h_last):
         for t in range(length):
             if t % CHUNK == 0:
                 starts[b, t // CHUNK, first:last] = h
+            if begins[b, t]:
+                h[:] = f32(0)
             for d in range(first, last):
                 step, drive, total = dt[b, t, d], dt[b, t, d] * x[b, t, d], f32(0)
                 for n in range(d_state):
@@ -136,7 +151,9 @@ def _forward(begin, end, x, dt, A, B, C, h0, exact, y, starts, h_last):
 
 
 @_compiled
-def _backward(begin, end, x, dt, A, B, C, exact, starts, dy, dh_last, dx, ddt, dA, dB, dC, dh0):
+def _backward(
+    begin, end, x, dt, A, B, C, begins, exact, starts, dy, dh_last, dx, ddt, dA, dB, dC, dh0
+):
     _, length, d_inner = x.shape
     d_state = A.shape[1]
     blocks = -(-d_inner // BLOCK)
@@ -150,14 +167,15 @@ def _backward(begin, end, x, dt, A, B, C, exact, starts, dy, dh_last, dx, ddt, d
             start, stop = chunk * CHUNK, min(chunk * CHUNK + CHUNK, length)
             h[0, : last - first] = starts[b, chunk, first:last]
             for t in range(start, stop):
+                kept = f32(0) if begins[b, t] else f32(1)  # of what was before
                 for d in range(first, last):
                     k, i = t - start, d - first
                     step, drive = dt[b, t, d], dt[b, t, d] * x[b, t, d]
                     for n in range(d_state):
                         a = _exp(step * A[d, n])
                         w = _exprel(step * A[d, n], a) if exact else f32(1)
-                        decay[k, i, n] = a
-                        h[k + 1, i, n] = a * h[k, i, n] + w * drive * B[b, t, n]
+                        decay[k, i, n] = kept * a
+                        h[k + 1, i, n] = decay[k, i, n] * h[k, i, n] + w * drive * B[b, t, n]
             for t in range(stop - 1, start - 1, -1):
                 for d in range(first, last):
                     k, i = t - start, d - first
@@ -165,11 +183,12 @@ def _backward(begin, end, x, dt, A, B, C, exact, starts, dy, dh_last, dx, ddt, d
                     ddrive, dstep = f32(0), f32(0)
                     for n in range(d_state):
                         a, z = decay[k, i, n], step * A[d, n]
-                        w = _exprel(z, a) if exact else f32(1)
+                        e = _exp(z) if exact else f32(1)
+                        w = _exprel(z, e) if exact else f32(1)
                         gh = g[i, n] + dy[b, t, d] * C[b, t, n]
                         dz = gh * a * h[k, i, n]
                         if exact:
-                            dz += gh * drive * B[b, t, n] * _exprel_slope(z, a, w)
+                            dz += gh * drive * B[b, t, n] * _exprel_slope(z, e, w)
                         dC[block, b, t, n] += dy[b, t, d] * h[k + 1, i, n]
                         dB[block, b, t, n] += gh * w * drive
                         dA[b, d, n] += dz * step

@@ -16,6 +16,10 @@ but the last adds to the state, and how long it is in units of Δ; the decay ove
 exp(A ΣΔ), so nothing else has to be kept. Each program of the forward pass joins what the chunks
 before it give, which is the scan once more, over chunks. This costs nearly every exponential twice.
 
+**Sequences in a row.** Where one begins, the decay is zero, in both directions. So a constant that
+makes 2^… zero is added to the exponent (`_gates.NEVER`), in the same instruction that multiplies Δ
+and A. ΣΔ gets it too, and is below zero over a chunk through which nothing goes.
+
 **Backward.** The forward pass writes down some of the states, and the backward pass computes the
 others once more. Sums over channels, for B and C, are written per program and added up afterwards,
 so that two runs give the same bits.
@@ -55,6 +59,7 @@ def forward(
     z: Tensor | None,
     dt_bias: Tensor | None,
     h0: Tensor | None,
+    begins: Tensor | None,
     dt_softplus: bool,
     exact: bool,
     keep: bool,
@@ -62,21 +67,22 @@ def forward(
     """Return y, the last state, and some of the states, if the backward pass will ask for them.
 
     x, dt, z: (batch, length, d_inner), of float16, bfloat16 or float32; A: (d_inner, d_state);
-    B, C: (batch, length, d_state); D, dt_bias: (d_inner,); h0: (batch, d_inner, d_state). `exact`
-    asks for the zero-order hold of B. The state is float32.
+    B, C: (batch, length, d_state); D, dt_bias: (d_inner,); h0: (batch, d_inner, d_state); begins:
+    (batch, length), true where a new sequence begins. `exact` asks for the zero-order hold of B.
+    The state is float32.
     """
     d_state, staged = A.shape[1], _takes(x, A.shape[1], exact)
     if staged and d_state != (padded := kept_states(x, d_state, exact)):
         A, B, C, h0 = (_padded(tensor, padded) for tensor in (A, B, C, h0))
-        given = x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, keep
+        given = x, dt, A, B, C, D, z, dt_bias, h0, begins, dt_softplus, exact, keep
         y, h_last, starts = forward(*given)
         return y, h_last.mT[:, :d_state].contiguous().mT, starts
     x, dt, z = (_rows(tensor, staged) for tensor in (x, dt, z))
     B, C = _rows(B, False), _rows(C, False)
     D, dt_bias, h0 = (_float(tensor) for tensor in (D, dt_bias, h0))
-    A, B, C = _prepared(A, B, C)
+    A, B, C, begins = *_prepared(A, B, C), _marked(begins)
     every = spacing(x, d_state, exact) if keep else None
-    return _run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, every)
+    return _run(x, dt, A, B, C, D, z, dt_bias, h0, begins, dt_softplus, exact, every)
 
 
 def spacing(x: Tensor, d_state: int, exact: bool) -> int:
@@ -101,6 +107,7 @@ def backward(
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
+    begins: Tensor | None,
     dt_softplus: bool,
     exact: bool,
 ) -> tuple[Tensor, ...]:
@@ -113,17 +120,17 @@ def backward(
     n, staged = A.shape[1], _takes(x, A.shape[1], exact)
     if staged and n != (padded := kept_states(x, n, exact)):
         A, B, C, dh_last = (_padded(tensor, padded) for tensor in (A, B, C, dh_last))
-        given = dy, dh_last, starts, x, dt, A, B, C, D, z, dt_bias, dt_softplus, exact
+        given = dy, dh_last, starts, x, dt, A, B, C, D, z, dt_bias, begins, dt_softplus, exact
         *of_tokens, shared, own, dh0 = backward(*given)
         own = torch.cat([own[:n], own[padded:]])
         return *of_tokens, shared[..., :n].contiguous(), own, dh0.mT[:, :n].contiguous().mT
     x, dt, z = (_rows(tensor, staged) for tensor in (x, dt, z))
     B, C = _rows(B, False), _rows(C, False)
     D, dt_bias = _float(D), _float(dt_bias)
-    A, B, C = _prepared(A, B, C)
+    A, B, C, begins = *_prepared(A, B, C), _marked(begins)
     dy = torch.zeros_like(x) if dy is None else _rows(dy, staged)
     run = _run_gluon_backward if staged else _run_backward
-    given = x, dt, A, B, C, D, z, dt_bias, starts, dy, _transposed(_float(dh_last))
+    given = x, dt, A, B, C, D, z, dt_bias, begins, starts, dy, _transposed(_float(dh_last))
     dx, ddt, dz, shared, own, dh0 = run(*given, dt_softplus, exact)
     shared, own = _sums(shared, own, dtype)
     return dx, ddt, x.new_empty(0) if z is None else dz, shared, own, dh0.mT
@@ -160,7 +167,7 @@ def _sums(shared: Tensor, own: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     return first, second
 
 
-def _run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, every):
+def _run(x, dt, A, B, C, D, z, dt_bias, h0, begins, dt_softplus, exact, every):
     """Forward; return y, the last state, and the state before every `every` tokens, if asked."""
     batch, length, d_inner = x.shape
     d_state, blocks = A.shape[0], triton.cdiv(d_inner, LANES)
@@ -178,22 +185,25 @@ def _run(x, dt, A, B, C, D, z, dt_bias, h0, dt_softplus, exact, every):
     ends = spans = None
     with on(x):
         if chunks > 1:
-            ends, spans = _run_ends(x, dt, A, B, None, dt_bias, sizes, config, reverse=False)
-        given = x, dt, A, B, C, D, z, dt_bias, h0, ends, spans, y, starts, h_last
+            given = x, dt, A, B, None, dt_bias, begins
+            ends, spans = _run_ends(*given, sizes, config, reverse=False)
+        begins = _words(begins) if in_gluon else begins
+        given = x, dt, A, B, C, D, z, dt_bias, h0, begins, ends, spans, y, starts, h_last
         how = {"HALVES": ends.shape[2] if chunks > 1 else 0, "EVERY": every or length}
         grid = (batch * chunks * blocks,)
         if in_gluon:
             forward_in_gluon.forward[grid](
-                *given, length, chunk, d_inner, *_pieces(x), *_pieces(dt), *_pieces(z),
+                *given, length, chunk, d_inner,
+                *_pieces(x), *_pieces(dt), *_pieces(z), _strides(begins)[0],
                 SOFTPLUS=dt_softplus, WHOLE=d_inner % LANES == 0, **how, **constants,
             )  # fmt: skip
         else:
-            strides = *_strides(x), *_strides(dt), *_strides(z)
+            strides = *_strides(x), *_strides(dt), *_strides(z), _strides(begins)[0]
             forward_in_triton.forward[grid](*given, *sizes, *strides, **how, **config)
     return y, h_last.mT, starts
 
 
-def _run_ends(u, dt, A, V, z, dt_bias, sizes, config, reverse):
+def _run_ends(u, dt, A, V, z, dt_bias, begins, sizes, config, reverse):
     """What every chunk but one gives to the chunks after it, in the direction of the pass.
 
     (batch, chunks − 1, 1 or 2, …): of the whole chunk, or of its head and of its tail.
@@ -203,8 +213,8 @@ def _run_ends(u, dt, A, V, z, dt_bias, sizes, config, reverse):
     halves, share = _share(chunks, chunk)
     ends = A.new_empty(batch, chunks - 1, halves, d_state, d_inner)
     spans = A.new_empty(batch, chunks - 1, halves, d_inner)
-    given = u, dt, A, V, z, dt_bias, ends, spans, share
-    strides = *_strides(u), *_strides(dt), *_strides(z)
+    given = u, dt, A, V, z, dt_bias, begins, ends, spans, share
+    strides = *_strides(u), *_strides(dt), *_strides(z), _strides(begins)[0]
     config = config | _config(min(d_state, STATES), config["SOFTPLUS"], config["EXACT"])
     whole = reverse and _whole(sizes, config)  # forwards it was slower, by measurement
     forward_in_triton.ends[batch * chunks * blocks, triton.cdiv(d_state, STATES)](
@@ -224,12 +234,12 @@ def _share(chunks: int, chunk: int) -> tuple[int, int]:
     return 1, chunk
 
 
-def _run_backward(x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, dt_softplus, exact):
+def _run_backward(x, dt, A, B, C, D, z, dt_bias, begins, starts, dy, dh_last, dt_softplus, exact):
     batch, length, d_inner = x.shape
     d_state, blocks = A.shape[0], triton.cdiv(d_inner, BACKWARD_D)
     results = _results(x, dt, A, z, slots=batch, blocks=blocks)
-    strides = *_strides(x), *_strides(dt), *_strides(z), *_strides(dy)
-    given = x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last
+    strides = *_strides(x), *_strides(dt), *_strides(z), _strides(begins)[0], *_strides(dy)
+    given = x, dt, A, B, C, D, z, dt_bias, begins, starts, dy, dh_last
     config = _config(d_state, dt_softplus, exact) | {"BLOCK_D": BACKWARD_D}
     with on(x):
         backward_in_triton.backward[(batch * blocks,)](
@@ -238,7 +248,9 @@ def _run_backward(x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, dt_softplu
     return results
 
 
-def _run_gluon_backward(x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, dt_softplus, exact):
+def _run_gluon_backward(
+    x, dt, A, B, C, D, z, dt_bias, begins, starts, dy, dh_last, dt_softplus, exact
+):
     batch, length, d_inner = x.shape
     d_state, constants = A.shape[0], backward_in_gluon.config(A.shape[0])
     channels = 2 * constants["L"]
@@ -253,9 +265,11 @@ def _run_gluon_backward(x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, dt_s
     with on(x):
         if chunks > 1:
             sizes, config = (length, chunk, d_inner, d_state), _config(d_state, dt_softplus, exact)
-            ends, spans = _run_ends(dy, dt, A, C, z, dt_bias, sizes, config, reverse=True)
-        given = x, dt, A, B, C, D, z, dt_bias, starts, dy, dh_last, ends, spans
-        strides = *_pieces(x), *_pieces(dt), *_pieces(z), *_pieces(dy)
+            given = dy, dt, A, C, z, dt_bias, begins
+            ends, spans = _run_ends(*given, sizes, config, reverse=True)
+        begins = _words(begins)
+        given = x, dt, A, B, C, D, z, dt_bias, begins, starts, dy, dh_last, ends, spans
+        strides = *_pieces(x), *_pieces(dt), *_pieces(z), _strides(begins)[0], *_pieces(dy)
         backward_in_gluon.backward[(batch * chunks * groups,)](
             *given, *results, length, chunk, d_inner, *strides,
             HALVES=ends.shape[2] if chunks > 1 else 0, SOFTPLUS=dt_softplus,
@@ -349,6 +363,20 @@ def _rows(tensor: Tensor | None, staged: bool) -> Tensor | None:
     if tensor.stride(-1) == 1 and not (staged and not aligned(tensor)):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _marked(begins: Tensor | None) -> Tensor | None:
+    """Return a byte for each token, 1 where a sequence begins, and zeros up to a whole section."""
+    if begins is None:
+        return None
+    missing = -begins.shape[1] % SECTION
+    begins = F.pad(begins, (0, missing)) if missing else _rows(begins, True)
+    return begins.view(torch.uint8)
+
+
+def _words(begins: Tensor | None) -> Tensor | None:
+    """Return the same eight bytes at a time."""
+    return None if begins is None else begins.view(torch.int64)
 
 
 def _padded(tensor: Tensor | None, states: int) -> Tensor | None:

@@ -31,7 +31,16 @@ them. What a step needs is ordered STAGES − 1 steps before, also across the bo
 """
 
 from mamba_tutorial.kernels._gates import LOG2E
-from mamba_tutorial.kernels._gluon import below, carry, order, sigmoid, softplus, stack
+from mamba_tutorial.kernels._gluon import (
+    below,
+    carry,
+    decay,
+    marks,
+    order,
+    sigmoid,
+    softplus,
+    stack,
+)
 from mamba_tutorial.kernels._triton import async_copy, gl, gluon
 
 SECTION = 64  # tokens between two states that the forward pass keeps
@@ -109,10 +118,10 @@ def _over_states(buffer, PARTS: gl.constexpr, CUBE: gl.constexpr):
 
 @gluon.jit
 def backward(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, starts_ptr, dy_ptr, dlast_ptr,
-    ends_ptr, spans_ptr,
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, begins_ptr, starts_ptr, dy_ptr,
+    dlast_ptr, ends_ptr, spans_ptr,
     dx_ptr, ddt_ptr, dz_ptr, shared_ptr, own_ptr, dh0_ptr, length, chunk, d_inner,
-    x_batch, x_row, dt_batch, dt_row, z_batch, z_row, dy_batch, dy_row,
+    x_batch, x_row, dt_batch, dt_row, z_batch, z_row, begins_batch, dy_batch, dy_row,
     HALVES: gl.constexpr, SOFTPLUS: gl.constexpr, WHOLE: gl.constexpr, N: gl.constexpr,
     S: gl.constexpr, L: gl.constexpr, TILE: gl.constexpr, SECTION: gl.constexpr,
     STAGES: gl.constexpr,
@@ -121,8 +130,8 @@ def backward(
 
     ends, spans: of `forward_in_triton.ends`, HALVES for each chunk but the first; shared, own:
     parts of the gradients, as `selective_scan._results` lays them out. Strides of x, dt, z and dy
-    are in pieces of 16 bytes: so the compiler knows that rows begin at such. WHOLE: d_inner is a
-    multiple of W.
+    are in pieces of 16 bytes: so the compiler knows that rows begin at such. begins: as in
+    `forward_in_gluon.forward`. WHOLE: d_inner is a multiple of W.
     """
     X: gl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     DT: gl.constexpr = 128 // dt_ptr.dtype.element_ty.primitive_bitwidth
@@ -175,7 +184,8 @@ def backward(
             for half in gl.static_range(HALVES):
                 record = HALVES * (batch * (chunks - 1) + later) + half
                 span = _of_channels(gl.load(spans_ptr + record * d_inner + d, known, 0.0))
-                G = carry(G, span * A2) + gl.load(ends_ptr + record * size + at, square, 0.0)
+                G = carry(G, span, A2, begins_ptr is not None)
+                G += gl.load(ends_ptr + record * size + at, square, 0.0)
     row = gl.arange(0, TILE, layout=gl.SliceLayout(1, PAIR))[:, None]
     col = group * W + gl.arange(0, W, layout=gl.SliceLayout(0, PAIR))
     there = below(col, d_inner, WHOLE)
@@ -217,6 +227,8 @@ def backward(
         buffers, strides, columns = buffers + (zs,), strides + (z_row * Z,), columns + (left,)
         ptrs = ptrs + (z_ptr + batch * z_batch * Z + group * W,)
     starts_ptr += batch * gl.cdiv(length, SECTION) * size
+    if begins_ptr is not None:
+        begins_ptr += batch * begins_batch
     rows = (batches * length).to(gl.int64)
     dB_ptr = shared_ptr + (group // 2 * 2 * rows + tokens) * N
     dC_ptr = dB_ptr + rows * N
@@ -243,11 +255,12 @@ def backward(
             _order_step(
                 buffers, ptrs, strides, columns, first, ahead, stop, free, COUNT, TILE, TILES
             )
+            words = marks(begins_ptr, first + i * TILE, TILE)
             for k in gl.static_range(TILE):
                 step_k = _of_channels(step_rows.index(k).load(OVER_D))
                 drive_k = _of_channels(drive_rows.index(k).load(OVER_D))
                 B_k = _of_states(B_rows.index(slot * TILE + k).load(OVER_N))
-                h = gl.fma(gl.exp2(step_k * A2), h, drive_k * B_k)
+                h = gl.fma(decay(step_k * A2, begins_ptr, words, k), h, drive_k * B_k)
             slot = gl.where(slot + 1 == STAGES, 0, slot + 1)
         kept.index(TILES - 1).store(h)
 
@@ -276,6 +289,7 @@ def backward(
             )
 
             h = kept.index(2 * TILES - 2 - i).load(STATE)
+            words = marks(begins_ptr, start, TILE)
             before, decays, ys, dCs = (), (), (), ()
             for k in gl.static_range(TILE):
                 step_k = _of_channels(step_rows.index(k).load(OVER_D))
@@ -283,7 +297,7 @@ def backward(
                 upstream_k = _of_channels(upstream_rows.index(k).load(OVER_D))
                 B_k = _of_states(B_rows.index(slot * TILE + k).load(OVER_N))
                 C_k = _of_states(C_rows.index(slot * TILE + k).load(OVER_N))
-                a = gl.exp2(step_k * A2)
+                a = decay(step_k * A2, begins_ptr, words, k)
                 before = before + (h,)
                 if k < TILE - 1:
                     decays = decays + (a,)
@@ -315,7 +329,7 @@ def backward(
                 if k < TILE - 1:
                     G = decays[k] * g
                 else:
-                    G = gl.exp2(step_k * A2) * g
+                    G = decay(step_k * A2, begins_ptr, words, k) * g
                 dlog = G * before[k]  # the gradient of Δ A
                 dA = gl.fma(dlog, step_k, dA)
                 dxs = (gl.sum(g * B_k, axis=1),) + dxs

@@ -9,6 +9,7 @@ same bits.
 from mamba_tutorial.kernels._gates import LOG2E, sigmoid
 from mamba_tutorial.kernels._triton import tl, triton
 from mamba_tutorial.kernels.selective_scan.forward_in_triton import (
+    closed,
     exprel,
     row_of,
     step_size,
@@ -29,13 +30,13 @@ def exprel_slope(z, exp, exprel):
 
 @triton.jit
 def backward(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, starts_ptr, dy_ptr, dlast_ptr,
-    dx_ptr, ddt_ptr, dz_ptr, shared_ptr, own_ptr, dh0_ptr, length, d_inner, d_state,
-    x_batch, x_row, dt_batch, dt_row, z_batch, z_row, dy_batch, dy_row,
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, begins_ptr, starts_ptr, dy_ptr,
+    dlast_ptr, dx_ptr, ddt_ptr, dz_ptr, shared_ptr, own_ptr, dh0_ptr, length, d_inner, d_state,
+    x_batch, x_row, dt_batch, dt_row, z_batch, z_row, begins_batch, dy_batch, dy_row,
     TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """The gradients, from the last tile to the first; A and states as in `forward`."""
+    """The gradients, from the last tile to the first; A, states and begins as in `forward`."""
     blocks = tl.cdiv(d_inner, BLOCK_D)
     block, batch = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     t, n = tl.arange(0, TILE)[:, None], tl.arange(0, BLOCK_N)
@@ -88,7 +89,8 @@ def backward(
     for _ in range(tiles):
         x, dt, dy, gate = x_next.to(tl.float32), dt_next, dy_next.to(tl.float32), z_next
         B, C, h = B_next, C_next, h_next
-        inside, ahead = start + t < length, start > 0
+        row = start + t
+        inside, ahead = row < length, start > 0
         start -= TILE
         x_ptr -= TILE * x_row
         dt_ptr -= TILE * dt_row
@@ -108,7 +110,8 @@ def backward(
         dt = dt.to(tl.float32) + bias
         step = step_size(dt, inside, SOFTPLUS)
         # the states of the tile, once more
-        a = tl.exp2(step[:, None, :] * A2)
+        exponent = step[:, None, :] * A2
+        a = tl.exp2(exponent)
         drive = tl.where(real, step * x, 0.0)
         b = drive[:, None, :] * B[:, :, None]
         if EXACT:
@@ -116,6 +119,9 @@ def backward(
             w = exprel(z, a)
             slope = b * exprel_slope(z, a, w)
             b *= w
+        if begins_ptr is not None:
+            barrier = closed(begins_ptr + batch * begins_batch, row, inside)
+            a = tl.exp2(exponent + barrier[:, :, None])
         kept = b  # what is left of the state before, a_t h_{t−1}
         for k in tl.static_range(TILE):
             left = row_of(a, k) * h

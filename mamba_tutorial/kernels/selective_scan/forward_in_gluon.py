@@ -17,7 +17,16 @@ A tile of TILE tokens takes three steps, with a barrier after each:
 """
 
 from mamba_tutorial.kernels._gates import LOG2E
-from mamba_tutorial.kernels._gluon import below, carry, order, sigmoid, softplus, stack
+from mamba_tutorial.kernels._gluon import (
+    below,
+    carry,
+    decay,
+    marks,
+    order,
+    sigmoid,
+    softplus,
+    stack,
+)
 from mamba_tutorial.kernels._triton import async_copy, gl, gluon
 
 CHANNELS = 32  # of a program
@@ -30,15 +39,16 @@ def config(d_state: int) -> dict:
 
 @gluon.jit
 def forward(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, h0_ptr, ends_ptr, spans_ptr,
-    y_ptr, starts_ptr, last_ptr,
-    length, chunk, d_inner, x_batch, x_row, dt_batch, dt_row, z_batch, z_row,
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, h0_ptr, begins_ptr, ends_ptr,
+    spans_ptr, y_ptr, starts_ptr, last_ptr,
+    length, chunk, d_inner, x_batch, x_row, dt_batch, dt_row, z_batch, z_row, begins_batch,
     HALVES: gl.constexpr, EVERY: gl.constexpr, SOFTPLUS: gl.constexpr, WHOLE: gl.constexpr,
     N: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """As `forward_in_triton.forward`; B and C without gaps; WHOLE: d_inner is a multiple of W.
 
     Strides of x, dt and z are in pieces of 16 bytes: so the compiler knows that rows begin at such.
+    begins: in words of eight bytes, a byte for each token, up to a whole section.
     """
     X: gl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     DT: gl.constexpr = 128 // dt_ptr.dtype.element_ty.primitive_bitwidth
@@ -76,7 +86,8 @@ def forward(
         for earlier in range(part):
             for half in gl.static_range(HALVES):
                 record = HALVES * (batch * (chunks - 1) + earlier) + half
-                h = carry(h, gl.load(spans_ptr + record * d_inner + d, known, 0.0) * A2)
+                span = gl.load(spans_ptr + record * d_inner + d, known, 0.0)
+                h = carry(h, span, A2, begins_ptr is not None)
                 h += gl.load(ends_ptr + record * size + at, real, 0.0)
     row = gl.arange(0, TILE, layout=gl.SliceLayout(1, PAIR))[:, None]
     col = group * W + gl.arange(0, W, layout=gl.SliceLayout(0, PAIR))[None, :]
@@ -117,6 +128,8 @@ def forward(
         buffers, strides, columns = buffers + (zs,), strides + (z_row * Z,), columns + (left,)
         ptrs = ptrs + (z_ptr + (batch * z_batch + first * z_row) * Z + group * W,)
     y_ptr += token * d_inner
+    if begins_ptr is not None:
+        begins_ptr += batch * begins_batch + first // 8
     if starts_ptr is not None:
         starts_ptr += (batch * gl.cdiv(length, EVERY) + first // EVERY) * size
     for i in gl.static_range(STAGES - 1):
@@ -140,12 +153,13 @@ def forward(
             if start % EVERY == 0:
                 gl.store(starts_ptr + (start // EVERY).to(gl.int64) * size + at, h, real)
 
+        words = marks(begins_ptr, start, TILE)
         decays, inputs, ys = (), (), ()
         for k in gl.static_range(TILE):
             step_k = gl.expand_dims(gl.expand_dims(step_rows.index(k).load(OVER_D), 0), 1)
             drive_k = gl.expand_dims(gl.expand_dims(drive_rows.index(k).load(OVER_D), 0), 1)
             B_k = gl.expand_dims(B_rows.index(slot * TILE + k).load(OVER_N), 2)
-            decays = decays + (gl.exp2(step_k * A2),)
+            decays = decays + (decay(step_k * A2, begins_ptr, words, k),)
             inputs = inputs + (drive_k * B_k,)
         for k in gl.static_range(TILE):
             C_k = gl.expand_dims(C_rows.index(slot * TILE + k).load(OVER_N), 2)

@@ -15,7 +15,7 @@ five that each of the 16 states takes, and 16 of those are exponentials, for whi
 fewest units.
 """
 
-from mamba_tutorial.kernels._gates import LOG2E, carry, sigmoid, softplus
+from mamba_tutorial.kernels._gates import LOG2E, NEVER, carry, sigmoid, softplus
 from mamba_tutorial.kernels._triton import tl, triton
 
 
@@ -39,6 +39,12 @@ def with_row(tile, k: tl.constexpr, row):
 def step_size(dt, inside, SOFTPLUS: tl.constexpr):
     """Return Δ, zero where there is no token: then the decay is 1 and the input 0."""
     return tl.where(inside, softplus(dt) if SOFTPLUS else dt, 0.0)
+
+
+@triton.jit
+def closed(begins_ptr, row, inside):
+    """Return what to add to the exponents of the decays: NEVER where a sequence begins, else 0."""
+    return tl.where(tl.load(begins_ptr + row, inside, 0) != 0, NEVER, 0.0)
 
 
 @triton.jit
@@ -68,13 +74,16 @@ def place(rows, chunks, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def forward(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, h0_ptr, ends_ptr, spans_ptr,
-    y_ptr, starts_ptr, last_ptr,
-    length, chunk, d_inner, d_state, x_batch, x_row, dt_batch, dt_row, z_batch, z_row,
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, h0_ptr, begins_ptr, ends_ptr,
+    spans_ptr, y_ptr, starts_ptr, last_ptr,
+    length, chunk, d_inner, d_state, x_batch, x_row, dt_batch, dt_row, z_batch, z_row, begins_batch,
     HALVES: tl.constexpr, EVERY: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """A: (d_state, d_inner); h0, ends, starts, last: (batch, …, d_state, d_inner), float32."""
+    """A: (d_state, d_inner); h0, ends, starts, last: (batch, …, d_state, d_inner), float32.
+
+    begins: a byte for each token, not 0 where a new sequence begins.
+    """
     chunks = tl.cdiv(length, chunk)
     block, part, batch = place(d_inner, chunks, BLOCK_D)
     t, n = tl.arange(0, TILE)[:, None], tl.arange(0, BLOCK_N)
@@ -95,7 +104,8 @@ def forward(
             for half in tl.static_range(HALVES):
                 slot = HALVES * (batch * (chunks - 1) + earlier) + half
                 span = tl.load(spans_ptr + slot * d_inner + d[None, None, :], real[:, None, :], 0.0)
-                h = carry(h, span * A2) + tl.load(ends_ptr + slot * size + at, square, 0.0)
+                h = carry(h, span, A2, begins_ptr is not None)
+                h += tl.load(ends_ptr + slot * size + at, square, 0.0)
     skip = tl.load(D_ptr + d[None, :], real, 0.0) if D_ptr is not None else 0.0
     bias = tl.load(bias_ptr + d[None, :], real, 0.0) if bias_ptr is not None else 0.0
     # Tokens are counted from the first of the chunk, so that offsets fit 32 bits.
@@ -106,6 +116,8 @@ def forward(
     B_ptr += token * d_state
     C_ptr += token * d_state
     y_ptr += token * d_inner
+    if begins_ptr is not None:
+        begins_ptr += batch * begins_batch + first
     if z_ptr is not None:
         z_ptr += batch * z_batch + first * z_row
     if starts_ptr is not None:
@@ -122,10 +134,13 @@ def forward(
             if start % EVERY == 0:
                 tl.store(starts_ptr + (first + start) // EVERY * size + at, h, square)
         step = step_size(dt + bias, inside, SOFTPLUS)
-        a = tl.exp2(step[:, None, :] * A2)  # [TILE, BLOCK_N, BLOCK_D] from here on
+        exponent = step[:, None, :] * A2  # [TILE, BLOCK_N, BLOCK_D] from here on
+        a = tl.exp2(exponent)
         b = (step * x)[:, None, :] * B[:, :, None]
         if EXACT:
             b *= exprel(step[:, None, :] * A, a)
+        if begins_ptr is not None:
+            a = tl.exp2(exponent + closed(begins_ptr, row, inside)[:, :, None])
         hs = b
         for k in tl.static_range(TILE):
             h = row_of(a, k) * h + row_of(b, k)
@@ -141,8 +156,8 @@ def forward(
 
 @triton.jit
 def ends(
-    u_ptr, dt_ptr, A_ptr, V_ptr, z_ptr, bias_ptr, ends_ptr, spans_ptr, share,
-    length, chunk, d_inner, d_state, u_batch, u_row, dt_batch, dt_row, z_batch, z_row,
+    u_ptr, dt_ptr, A_ptr, V_ptr, z_ptr, bias_ptr, begins_ptr, ends_ptr, spans_ptr, share,
+    length, chunk, d_inner, d_state, u_batch, u_row, dt_batch, dt_row, z_batch, z_row, begins_batch,
     HALVES: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, WHOLE: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -150,6 +165,7 @@ def ends(
 
     Forwards u = x, V = B and h ← a h + Δ u V, for all chunks but the last. In reverse u = dy,
     V = C and G ← a (G + u silu(z) V), the gradient of the state before; for all but the first.
+    Where a sequence begins in between, nothing goes through, and ΣΔ is below zero.
 
     The states do not meet, so a program takes BLOCK_N of them: its number along the second axis.
 
@@ -196,7 +212,8 @@ def ends(
             V = tl.load(V_row_ptr + row * d_state + n[None, :], inside & states, 0.0)
             step = step_size(dt.to(tl.float32) + bias, inside, SOFTPLUS)
             span += step
-            a = tl.exp2(step[:, None, :] * A2)
+            exponent = step[:, None, :] * A2
+            a = tl.exp2(exponent)
             if REVERSE:
                 if z_ptr is not None:
                     z = tl.load(z_row_ptr + row * z_row + d[None, :], inside & real, 0.0)
@@ -207,6 +224,10 @@ def ends(
             b = u[:, None, :] * V[:, :, None]
             if EXACT and not REVERSE:
                 b *= exprel(step[:, None, :] * A, a)
+            if begins_ptr is not None:
+                barrier = closed(begins_ptr + batch * begins_batch + first, row, inside)
+                a = tl.exp2(exponent + barrier[:, :, None])
+                span += barrier
             for k in tl.static_range(TILE):
                 if REVERSE:
                     h = row_of(a, k) * (h + row_of(b, k))
