@@ -252,10 +252,11 @@ def test_the_package_is_whole_and_typed():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
     folders = {path.parent for path in (ROOT / "mamba_tutorial").rglob("__init__.py")}
     assert {".".join(f.relative_to(ROOT).parts) for f in folders} == set(settings["packages"])
-    kinds = settings["package-data"]["mamba_tutorial"]
-    for path in (ROOT / "mamba_tutorial").glob("*"):
-        if path.is_file() and path.suffix != ".py":
-            assert any(path.match(kind) for kind in kinds), path
+    for folder in folders:
+        kinds = settings["package-data"].get(".".join(folder.relative_to(ROOT).parts), [])
+        for path in folder.iterdir():
+            if path.is_file() and path.suffix != ".py":
+                assert any(path.match(kind) for kind in kinds), path
 
 
 def test_the_citation_is_of_this_version():
