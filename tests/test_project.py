@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import mamba_tutorial
-from mamba_tutorial import data
+from mamba_tutorial import data, records
 from mamba_tutorial.mamba import MambaBlock, MambaLM
 from mamba_tutorial.scan import linear_scan
 from mamba_tutorial.selective import selective_scan
@@ -97,7 +97,7 @@ def test_repository_has_one_address():
     address = PROJECT["urls"]["Repository"]
     assert config["repository"]["url"] == address
     assert citation["repository-code"] == address
-    assert address.removeprefix("https://github.com/") in data.RECORDS
+    assert address.removeprefix("https://github.com/") in records.RECORDS
 
 
 def environment():
