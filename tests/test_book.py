@@ -81,11 +81,27 @@ def test_cells_are_short(path):
 def test_pictures_have_a_caption_and_a_text_for_those_who_cannot_see(path):
     for cell in code_cells(path):
         kinds = {kind for output in cell.outputs for kind in output.get("data", {})}
-        if kinds & {"image/png", "text/html"}:
+        assert "image/png" not in kinds  # drawings are sharp on every screen
+        if kinds & {"image/svg+xml", "text/html"}:
             assert len(cell.metadata["mystnb"]["figure"]["caption"]) > 40
             assert "hide-input" in cell.metadata["tags"]
-        if "image/png" in kinds:
+        if "image/svg+xml" in kinds:
             assert len(cell.metadata["mystnb"]["image"]["alt"]) > 40
+
+
+@EACH_NOTEBOOK
+def test_type_in_pictures_can_be_read_on_a_phone(path):
+    """9 pixels high at least where the picture is 350 pixels wide, but for exponents and the like.
+
+    matplotlib writes a text as outlines of a hundred units, scaled to its size.
+    """
+    for cell in code_cells(path):
+        for output in cell.outputs:
+            drawing = output.get("data", {}).get("image/svg+xml", "")
+            if drawing:
+                width = float(re.search(r'viewBox="0 0 ([\d.]+)', drawing)[1])
+                sizes = [float(s) for s in re.findall(r"scale\(([\d.]+) -[\d.]+\)", drawing)]
+                assert 100 * min(sizes) * 350 / width >= 9, cell.source
 
 
 @pytest.mark.parametrize(

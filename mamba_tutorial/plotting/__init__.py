@@ -25,6 +25,7 @@ from mamba_tutorial.plotting.lines import curves, points, time_series
 from mamba_tutorial.plotting.models import block_diagram, mamba_block, s4_pipeline
 from mamba_tutorial.plotting.rows import bars, schedule, spread
 from mamba_tutorial.plotting.style import WIDTH
+from mamba_tutorial.plotting.svg import show_in_notebooks
 from mamba_tutorial.plotting.systems import crossing, kicks, maze, modes, phase_planes
 
 __all__ = [
@@ -63,3 +64,5 @@ __all__ = [
     "timelines",
     "token_heat",
 ]
+
+show_in_notebooks()

@@ -15,20 +15,25 @@ def box(
     text: str,
     color: str = BLUE,
     dashed: bool = False,
-    fontsize: float = 14,
 ):
     """Draw a text in a box with round corners."""
     x, y = centre
     box = FancyBboxPatch((x - 0.4, y - 0.3), 0.8, 0.6, boxstyle="round,pad=0.03,rounding_size=0.08")
     box.set(facecolor="white", edgecolor=color, linewidth=1.6, linestyle="--" if dashed else "-")
     ax.add_patch(box)
-    ax.text(x, y, text, ha="center", va="center", fontsize=fontsize)
+    ax.text(
+        x,
+        y,
+        text,
+        ha="center",
+        va="center_baseline" if len(text) > 1 and "$" not in text else "center",
+    )
 
 
 def sum_sign(ax: Axes, centre: tuple[float, float], sign: str = "+"):
     """Draw a sign in a circle, where lines meet."""
     ax.add_patch(plt.Circle(centre, 0.17, facecolor="white", edgecolor=INK, linewidth=1.4))
-    ax.text(*centre, sign, ha="center", va="center_baseline", fontsize=12)
+    ax.text(*centre, sign, ha="center", va="center_baseline")
 
 
 def arrow(ax: Axes, start, end, text: str = "", at=None, dashed: bool = False):
@@ -38,7 +43,7 @@ def arrow(ax: Axes, start, end, text: str = "", at=None, dashed: bool = False):
         FancyArrowPatch(start, end, color=INK, lw=1.2, ls="--" if dashed else "-", **style)
     )
     if text:
-        ax.text(*at, text, ha="center", va="center", fontsize=13)
+        ax.text(*at, text, ha="center", va="center")
 
 
 def path(ax: Axes, points: Sequence[tuple[float, float]], dashed: bool = False):

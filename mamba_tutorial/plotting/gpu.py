@@ -19,20 +19,20 @@ def memories(levels: Sequence[tuple[str, str, str]]) -> Figure:
     Args:
         levels: from the nearest to the farthest, each its name, its size and its speed.
     """
-    figure, (ax,) = subplots(0.62 * len(levels) + 0.3)
+    figure, (ax,) = subplots(0.55 * len(levels) + 0.1)
     colors = [ORANGE, TEAL, BLUE, GREY, PLUM]
     for row, ((name, size, speed), color) in enumerate(zip(levels, colors, strict=False)):
-        width, y = 1.2 + 0.9 * row, len(levels) - row
+        width, y = 1.2 + 0.8 * row, len(levels) - row
         box = Rectangle(
-            (2.6 - width / 2, y), width, 0.62, facecolor=color, alpha=0.35, edgecolor=INK
+            (2.4 - width / 2, y), width, 0.62, facecolor=color, alpha=0.35, edgecolor=INK
         )
         ax.add_patch(box)
-        ax.text(2.6, y + 0.31, size, ha="center", va="center", fontsize=9)
-        ax.text(-0.3, y + 0.31, name, ha="right", va="center")
-        ax.text(5.0, y + 0.31, speed, ha="left", va="center", fontsize=9.5)
+        ax.text(2.4, y + 0.31, size, ha="center", va="center")
+        ax.text(0.5, y + 0.31, name, ha="right", va="center")
+        ax.text(4.35, y + 0.31, speed, ha="left", va="center")
         if row:
-            arrow(ax, (2.6, y + 0.64), (2.6, y + 0.98))
-    ax.set(xlim=(-2.6, 9.2), ylim=(0.8, len(levels) + 0.8))
+            arrow(ax, (2.4, y + 0.64), (2.4, y + 0.98))
+    ax.set(xlim=(-1.6, 9.3), ylim=(0.9, len(levels) + 0.7))
     ax.axis("off")
     return figure
 
@@ -40,18 +40,20 @@ def memories(levels: Sequence[tuple[str, str, str]]) -> Figure:
 def timelines(panels: Mapping[str, ArrayLike]) -> Figure:
     """Draw what warps do in each clock, (warps, clocks): 1 where one issues, 0 where it waits."""
     rows = [np.asarray(panel) for panel in panels.values()]
-    figure = plt.figure(figsize=(WIDTH, 0.2 * sum(len(r) + 1 for r in rows) + 0.5 * len(rows)))
+    figure = plt.figure(
+        figsize=(WIDTH, 0.19 * sum(len(r) + 1.5 for r in rows) + 0.35 * len(rows) + 0.4)
+    )
     plt.close(figure)
     axes = figure.subplots(len(rows), 1, height_ratios=[len(r) + 1 for r in rows], sharex=True)
     colors = LinearSegmentedColormap.from_list("busy", [PALE, BLUE])
     for ax, (title, warps) in zip(np.atleast_1d(axes), panels.items(), strict=True):
         busy = np.asarray(warps).max(axis=0, keepdims=True)
         picture = np.concatenate([np.asarray(warps), 0 * busy, busy])
-        ax.imshow(picture, aspect="auto", cmap=colors, vmin=0, vmax=1, interpolation="none")
+        ax.imshow(picture, aspect="auto", cmap=colors, vmin=0, vmax=1, interpolation="nearest")
         ax.axhspan(len(warps) - 0.5, len(warps) + 0.5, color="white")
         names = [f"warp {k}" for k in range(len(warps))]
-        ax.set_yticks([*range(len(warps)), len(warps) + 1], [*names, "scheduler"], fontsize=8.5)
-        ax.set_title(f"{title}: busy {100 * busy.mean():.0f} % of the time", fontsize=9.5)
+        ax.set_yticks([*range(len(warps)), len(warps) + 1], [*names, "scheduler"])
+        ax.set_title(f"{title}: busy {100 * busy.mean():.0f} % of the time")
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
     ax.set_xlabel("clocks")
@@ -124,34 +126,34 @@ def shared_channels() -> Figure:
 def scan_levels() -> Figure:
     """Draw a scan of 16 numbers by four threads: own runs, totals over lanes, corrections."""
     figure, (ax,) = subplots(3.6)
-    rows = {
-        "each thread its own run": 3.0,
-        "the totals over the lanes": 1.7,
-        "what came before": 0.4,
+    first, second, third = 4.0, 2.1, 0.3
+    labels = {
+        "each thread its own run": (first, 1.0),
+        "the totals over the lanes": (second, 1.2),
+        "what came before": (third, 0.75),
     }
-    for label, y in rows.items():
-        ax.text(-0.3, y + 0.25, label, ha="right", va="center")
+    for label, (y, above) in labels.items():
+        ax.text(0, y + above, label, va="center")
         for i in range(16):
             x = i * 0.5 + (i // 4) * 0.4
             end = i % 4 == 3
-            color = PALE if y > 2.5 else ("white" if y > 1 and not end else "#dbe7f4")
-            if y < 1:
+            color = PALE if y == first else ("white" if y == second and not end else "#dbe7f4")
+            if y == third:
                 color = "#bcd3ea"
             ax.add_patch(Rectangle((x, y), 0.44, 0.5, facecolor=color, edgecolor=GREY, lw=0.8))
-            if y > 2.5 and not end:
+            if y == first and not end:
                 arrow(ax, (x + 0.22, y + 0.62), (x + 0.72, y + 0.62))
-            if y < 1 and i >= 4 and not end:
+            if y == third and i >= 4 and not end:
                 last = (i // 4) * 2.4 - 0.4 - 0.24
-                ax.plot([last, x + 0.22], [1.7, 0.9], color=ORANGE, lw=0.9, ls="-")
+                ax.plot([last, x + 0.22], [second, third + 0.5], color=ORANGE, lw=0.9, ls="-")
     for level, distance in enumerate((1, 2)):
         for thread in range(distance, 4):
             start, stop = (j * 2.4 + 1.72 for j in (thread - distance, thread))
             bow = f"arc3,rad={-0.22 - 0.08 * level}"
-            ax.add_patch(
-                FancyArrowPatch((start, 2.2), (stop, 2.2), connectionstyle=bow, color=BLUE,
-                                arrowstyle="-|>", mutation_scale=10, lw=1.2)
-            )  # fmt: skip
-    ax.set(xlim=(-3.6, 9.5), ylim=(0.1, 4.0))
+            style = {"arrowstyle": "-|>", "mutation_scale": 10, "connectionstyle": bow}
+            ends = (start, second + 0.5), (stop, second + 0.5)
+            ax.add_patch(FancyArrowPatch(*ends, color=BLUE, lw=1.2, **style))
+    ax.set(xlim=(-0.1, 9.4), ylim=(0.2, 5.2))
     ax.axis("off")
     return figure
 

@@ -8,6 +8,8 @@ from importlib.resources import files
 import numpy as np
 from numpy.typing import ArrayLike
 
+from mamba_tutorial.plotting.ticks import even, written
+
 
 @dataclass(frozen=True, repr=False)
 class Interactive:
@@ -65,14 +67,19 @@ def slider(
         description: what the picture shows, for those who cannot see it.
         smooth: join the values by straight lines in the place of stairs.
     """
+    curves = [*fixed.values(), *(curve for each in moving.values() for curve in each)]
+    everything = np.concatenate([np.asarray(curve, dtype=float) for curve in curves])
+    marks = even(np.nanmin(everything), np.nanmax(everything), 5)
     return Interactive(
         "slider.html",
         {
-            "x": _short(x),
+            "length": len(x),
+            "xticks": _ticks(x),
+            "yticks": [[value, label] for value, label in zip(marks, written(marks), strict=True)],
             "fixed": {name: _short(curve) for name, curve in fixed.items()},
             "moving": {name: [_short(c) for c in curves] for name, curves in moving.items()},
             "label": label,
-            "values": [_written(value) for value in values],
+            "values": [_rounded(value) for value in values],
             "notes": list(notes),
             "start": start,
             "xlabel": xlabel,
@@ -110,8 +117,16 @@ def scan_steps(
     return Interactive("stepper.html", data, f"a figure with a slider of {len(drawn)} steps")
 
 
-def _written(value: float) -> str:
+def _rounded(value: float) -> str:
     return (f"{value:.3g}" if value % 1 else f"{value:g}").replace("-", "−")
+
+
+def _ticks(x: ArrayLike) -> list[list]:
+    """Return round numbers for an axis: where each stands, counted in samples, and the number."""
+    x = np.asarray(x, dtype=float)
+    marks = even(x[0], x[-1], 6)
+    places = [round(float((mark - x[0]) / (x[1] - x[0])), 3) for mark in marks]
+    return [[place, label] for place, label in zip(places, written(marks), strict=True)]
 
 
 def _short(values: ArrayLike) -> list[float | None]:
