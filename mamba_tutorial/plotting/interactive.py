@@ -125,6 +125,8 @@ def _ticks(x: ArrayLike) -> list[list]:
     """Return round numbers for an axis: where each stands, counted in samples, and the number."""
     x = np.asarray(x, dtype=float)
     marks = even(x[0], x[-1], 6)
+    if np.all(x == np.round(x)):  # samples that are counted have no halves
+        marks = [mark for mark in marks if mark == round(mark)]
     places = [round(float((mark - x[0]) / (x[1] - x[0])), 3) for mark in marks]
     return [[place, label] for place, label in zip(places, written(marks), strict=True)]
 
