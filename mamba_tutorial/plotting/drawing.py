@@ -21,19 +21,16 @@ def box(
     box = FancyBboxPatch((x - 0.4, y - 0.3), 0.8, 0.6, boxstyle="round,pad=0.03,rounding_size=0.08")
     box.set(facecolor="white", edgecolor=color, linewidth=1.6, linestyle="--" if dashed else "-")
     ax.add_patch(box)
-    ax.text(
-        x,
-        y,
-        text,
-        ha="center",
-        va="center_baseline" if len(text) > 1 and "$" not in text else "center",
-    )
+    ax.text(x, y, text, ha="center", va="center")
 
 
 def sum_sign(ax: Axes, centre: tuple[float, float], sign: str = "+"):
-    """Draw a sign in a circle, where lines meet."""
+    """Draw a sign, + or ×, in a circle, where lines meet."""
     ax.add_patch(plt.Circle(centre, 0.17, facecolor="white", edgecolor=INK, linewidth=1.4))
-    ax.text(*centre, sign, ha="center", va="center_baseline")
+    (x, y), arm = centre, 0.08
+    strokes = {"+": [(arm, 0), (0, arm)], "×": [(0.7 * arm, 0.7 * arm), (0.7 * arm, -0.7 * arm)]}
+    for right, up in strokes[sign]:  # lines and no letter, which would not be in the middle
+        ax.plot([x - right, x + right], [y - up, y + up], color=INK, lw=1.3, ls="-")
 
 
 def arrow(ax: Axes, start, end, text: str = "", at=None, dashed: bool = False):
