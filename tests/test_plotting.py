@@ -81,6 +81,7 @@ PICTURES = {
         log=True,
         marks={"a": 0.2},
     ),
+    "spread, stretched": lambda: plotting.spread({"": {"u": [98, 60]}}, xlabel="x", best=100),
     "schedule": lambda: plotting.schedule(
         [(0.0, 2.0, "a"), (2.0, 0.0, "b"), (0.0, 1.0, "a")], xlabel="x"
     ),
@@ -167,6 +168,14 @@ def test_a_legend_is_as_wide_as_it_may_be():
     assert legend_columns(["a" * 60, "b"]) == 1
 
 
+def test_a_stretched_axis_shows_the_results_themselves():
+    (ax,) = PICTURES["spread, stretched"]().axes
+    shown = {round(t.get_position()[0]): t.get_text() for t in ax.get_xticklabels()}
+    assert shown[5] == "95"
+    assert shown[20] == "80"
+    assert ax.xaxis_inverted()
+
+
 def test_convergence_names_the_slopes():
     figure = PICTURES["convergence"]()
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
@@ -192,7 +201,7 @@ def test_slider_holds_its_data_and_asks_for_nothing():
     data = json.loads(re.search(r'application/json">(.*?)</script>', html, re.S)[1])
     assert data["moving"] == {"state": [[0.0, 1.0, 2.0], [3.0, 4.0, None]]}
     assert data["values"] == ["0.1", "1"]
-    assert data["xticks"] == [[0.0, "0"], [0.5, "0.5"], [1.0, "1"], [1.5, "1.5"], [2.0, "2"]]
+    assert data["xticks"] == [[0.0, "0"], [1.0, "1"], [2.0, "2"]]  # tokens have no halves
     assert data["yticks"] == [[0.0, "0"], [1.0, "1"], [2.0, "2"], [3.0, "3"], [4.0, "4"]]
     assert not re.search(r"(src|href)\s*=", html)
     assert repr(widget) == "<Δ: a figure with a slider of 2 steps>"

@@ -18,7 +18,7 @@ from mamba_tutorial.plotting.style import (
     legend_above,
     subplots,
 )
-from mamba_tutorial.plotting.ticks import logarithmic
+from mamba_tutorial.plotting.ticks import logarithmic, written
 
 ROW = 0.2  # inches: a bar beside a line of type
 
@@ -89,7 +89,12 @@ def _name_groups(ax: Axes, names: Mapping[str, float], beside: bool):
 
 
 def spread(
-    panels: Panels, *, xlabel: str, log: bool = False, marks: Mapping[str, float] | None = None
+    panels: Panels,
+    *,
+    xlabel: str,
+    log: bool = False,
+    marks: Mapping[str, float] | None = None,
+    best: float | None = None,
 ) -> Figure:
     """Draw the results of several seeds: a dot for each and a bar at their mean, row by row.
 
@@ -98,12 +103,15 @@ def spread(
         xlabel: label of the x axes.
         log: make the x axes logarithmic where results differ by more than a factor of ten.
         marks: for a panel's title, where to draw a dashed line.
+        best: a value that no result reaches; the axis is stretched towards it (logarithmic in what
+            is missing), so that a few bad results do not push the good ones together.
     """
     rows = max(map(len, panels.values()))
     figure, axes = subplots(0.27 * rows + 0.9, columns=len(panels), sharey=len(panels) > 1)
     for ax, (title, groups) in zip(axes, panels.items(), strict=True):
         for row, results in enumerate(groups.values()):
             results = np.asarray(results, dtype=float)
+            results = results if best is None else best - results
             ax.plot(results, np.full(len(results), row), "o", color=BLUE, ms=5, alpha=0.6)
             ax.plot(results.mean(), row, "|", color=ORANGE, ms=15, mew=2.4)
         if marks and title in marks:
@@ -114,7 +122,11 @@ def spread(
         ax.grid(axis="y", color=PALE, linewidth=0.8)
         ax.set_axisbelow(True)
         values = np.concatenate([np.asarray(results) for results in groups.values()])
-        if log and values.max() > 10 * values.min():
+        if best is not None:
+            logarithmic(ax.xaxis)
+            ax.set_xticks(ticks := ax.get_xticks(), written([best - tick for tick in ticks]))
+            ax.invert_xaxis()
+        elif log and values.max() > 10 * values.min():
             logarithmic(ax.xaxis, 4)
         else:
             ax.locator_params(axis="x", nbins=4 if len(panels) > 1 else 6)
