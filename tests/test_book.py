@@ -207,6 +207,14 @@ def test_no_page_loads_anything_from_outside(site, pages):
 
 
 @pytest.mark.slow
+def test_progress_bars_stay_in_the_notebooks(site):
+    bar = r"\d+%\|[#\d ]+\|"
+    assert sum(bool(re.search(bar, path.read_text("utf-8"))) for path in NOTEBOOKS) > 2
+    for page in toc_pages():
+        assert not re.search(bar, (site / f"{page}.html").read_text("utf-8")), page
+
+
+@pytest.mark.slow
 def test_pages_say_what_they_are(site):
     owner, name = REPOSITORY.removeprefix("https://github.com/").split("/")
     for page in toc_pages():

@@ -67,8 +67,8 @@ def slider(
         description: what the picture shows, for those who cannot see it.
         smooth: join the values by straight lines in the place of stairs.
     """
-    curves = [*fixed.values(), *(curve for each in moving.values() for curve in each)]
-    everything = np.concatenate([np.asarray(curve, dtype=float) for curve in curves])
+    drawn = [*fixed.values(), *(curve for each in moving.values() for curve in each)]
+    everything = np.concatenate([np.asarray(curve, dtype=float) for curve in drawn])
     marks = even(np.nanmin(everything), np.nanmax(everything), 5)
     return Interactive(
         "slider.html",
