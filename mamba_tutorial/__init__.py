@@ -16,7 +16,7 @@ One module per idea, in the order of the book:
 - `kernels`: compiled loops, for those who have a compiler; `counts`: how fast they can be at best;
   `benchmark`: how fast they are
 - `tasks`, `training`: synthetic tasks, and one loop to train on them
-- `data`: the recorded signals the chapters use
+- `data`: the recorded signals the chapters use; `records`: the measurements they quote
 - `plotting`: the pictures of the chapters (needs matplotlib)
 """
 

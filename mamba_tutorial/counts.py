@@ -7,7 +7,7 @@ can beat.
 
 from dataclasses import dataclass
 
-from mamba_tutorial.data import recorded
+from mamba_tutorial.records import recorded
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,9 @@
-"""What the chapters start from: signals, images and text that ship inside libraries, and records.
+"""What the chapters start from: signals, images and text that ship inside libraries.
 
-Nothing is downloaded where the book lies on disk.
+Nothing is downloaded.
 """
 
 import importlib
-import json
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import torch
@@ -14,8 +11,6 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from mamba_tutorial._check import check_library
-
-RECORDS = "https://raw.githubusercontent.com/mamba-tutorial/mamba-tutorial/main/book/results"
 
 
 def electrocardiogram() -> tuple[Float[Tensor, " samples"], float]:
@@ -87,24 +82,3 @@ def standard_library() -> tuple[UInt8[Tensor, " train"], UInt8[Tensor, " test"]]
     learned = bytearray().join(part for k, part in enumerate(parts) if k % 20)
     held_out = bytearray().join(parts[::20])
     return tuple(torch.frombuffer(text, dtype=torch.uint8) for text in (learned, held_out))
-
-
-def recorded(name: str) -> dict:
-    """Return a measurement that `make bench` recorded, with its command and the machine.
-
-    From `results/` beside the notebook; where the notebook stands alone, as on Colab, from the
-    book's repository.
-
-    Raises:
-        FileNotFoundError: the record is in neither place.
-    """
-    path = Path("results", f"{name}.json")
-    if path.exists():
-        return json.loads(path.read_text())
-    try:
-        with urllib.request.urlopen(f"{RECORDS}/{path.name}", timeout=20) as answer:
-            return json.loads(answer.read())
-    except urllib.error.URLError as error:
-        raise FileNotFoundError(
-            f"there is no {path} here and none at {RECORDS}; make bench writes it"
-        ) from error

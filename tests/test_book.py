@@ -81,11 +81,27 @@ def test_cells_are_short(path):
 def test_pictures_have_a_caption_and_a_text_for_those_who_cannot_see(path):
     for cell in code_cells(path):
         kinds = {kind for output in cell.outputs for kind in output.get("data", {})}
-        if kinds & {"image/png", "text/html"}:
+        assert "image/png" not in kinds  # drawings are sharp on every screen
+        if kinds & {"image/svg+xml", "text/html"}:
             assert len(cell.metadata["mystnb"]["figure"]["caption"]) > 40
             assert "hide-input" in cell.metadata["tags"]
-        if "image/png" in kinds:
+        if "image/svg+xml" in kinds:
             assert len(cell.metadata["mystnb"]["image"]["alt"]) > 40
+
+
+@EACH_NOTEBOOK
+def test_type_in_pictures_can_be_read_on_a_phone(path):
+    """9 pixels high at least where the picture is 350 pixels wide, but for exponents and the like.
+
+    matplotlib writes a text as outlines of a hundred units, scaled to its size.
+    """
+    for cell in code_cells(path):
+        for output in cell.outputs:
+            drawing = output.get("data", {}).get("image/svg+xml", "")
+            if drawing:
+                width = float(re.search(r'viewBox="0 0 ([\d.]+)', drawing)[1])
+                sizes = [float(s) for s in re.findall(r"scale\(([\d.]+) -[\d.]+\)", drawing)]
+                assert 100 * min(sizes) * 350 / width >= 9, cell.source
 
 
 @pytest.mark.parametrize(
@@ -188,6 +204,14 @@ def test_no_page_loads_anything_from_outside(site, pages):
         assert not re.search(r"(url\(|@import\s*)[\"']?(https?:)?//", style.read_text("utf-8")), (
             style
         )
+
+
+@pytest.mark.slow
+def test_progress_bars_stay_in_the_notebooks(site):
+    bar = r"\d+%\|[#\d ]+\|"
+    assert sum(bool(re.search(bar, path.read_text("utf-8"))) for path in NOTEBOOKS) > 2
+    for page in toc_pages():
+        assert not re.search(bar, (site / f"{page}.html").read_text("utf-8")), page
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """The recorded signals, and what is said about them."""
 
-import io
 import sys
 
 import pytest
@@ -49,29 +48,3 @@ def test_reference_text_is_long_and_held_out():
     assert b'"assert"' in bytes(train[:2000].tolist())
     known, new = (bytes(part.tolist()).split(b"\n\n") for part in (train, test))
     assert not set(new[1:-1]) & set(known)  # no held-out paragraph can be looked up
-
-
-def test_records_lie_beside_the_notebook_or_in_the_repository(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    asked = []
-
-    def answer(address, timeout):
-        asked.append(address)
-        return io.BytesIO(b'{"results": []}')
-
-    monkeypatch.setattr(data.urllib.request, "urlopen", answer)
-    assert data.recorded("speed") == {"results": []}
-    assert asked == [f"{data.RECORDS}/speed.json"]
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "speed.json").write_text('{"results": [1]}')
-    assert data.recorded("speed") == {"results": [1]}
-
-
-def test_a_missing_record_says_how_to_make_it(tmp_path, monkeypatch):
-    def refuse(address, timeout):
-        raise data.urllib.error.URLError("no network")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data.urllib.request, "urlopen", refuse)
-    with pytest.raises(FileNotFoundError, match="make bench writes it"):
-        data.recorded("speed")

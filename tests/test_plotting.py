@@ -1,7 +1,9 @@
-"""Each picture can be drawn, has the page's width, and the slider holds what it was given."""
+"""Each picture can be drawn and read on a phone, and the slider holds what it was given."""
 
 import json
 import re
+import xml.etree.ElementTree as ET
+from itertools import pairwise
 
 import matplotlib as mpl
 import numpy as np
@@ -9,7 +11,13 @@ import pytest
 
 mpl.use("Agg")
 
+from matplotlib import font_manager
+from matplotlib.text import Text
+
 from mamba_tutorial import plotting
+from mamba_tutorial.plotting.style import legend_columns
+from mamba_tutorial.plotting.svg import svg
+from mamba_tutorial.plotting.ticks import even, spaced, written
 from mamba_tutorial.scan import blelloch, trace
 
 T = np.linspace(0, 1, 20)
@@ -23,6 +31,17 @@ PICTURES = {
         log="xy",
         markers=True,
         mark=0.5,
+    ),
+    "curves, stacked": lambda: plotting.curves(
+        T, {"a": {"u": T, "v": 1 - T}, "b": {"w": T}}, xlabel="x", ylabel="y", stacked=True
+    ),
+    "curves, side by side": lambda: plotting.curves(
+        T + 1,
+        {"a": {"u": 1e-5 * T + 1e-6, "v": T + 1}, "b": {"w": T + 1, "x": T + 2}},
+        xlabel="x",
+        ylabel="y",
+        log="y",
+        unit="s",
     ),
     "points": lambda: plotting.points(
         {"a": {"u": (T + 1, T + 1), "v": (T[1:], 1 / T[1:])}, "b": {"u": (T + 1, T + 2)}},
@@ -51,7 +70,7 @@ PICTURES = {
     ),
     "text_heat": lambda: plotting.text_heat("abcd", {"u": T[1:5]}, label="Δ", span=(0.1, 1.0)),
     "s4_pipeline": lambda: plotting.s4_pipeline(T - 1j, np.exp(1j * T), T[:11] + 1, T),
-    "tensors": lambda: plotting.tensors([{"a": T[:3]}, {"b": np.eye(2), "c": T[:1]}]),
+    "tensors": lambda: plotting.tensors([[{"a": T[:3]}], [{"b": np.eye(2), "c": T[:1]}]]),
     "mamba_block": plotting.mamba_block,
     "bars": lambda: plotting.bars(
         {"one": {"a": 1.0, "b": 2.0}, "two": {"a": float("nan")}}, xlabel="x", mark=1.5, unit=" s"
@@ -62,6 +81,7 @@ PICTURES = {
         log=True,
         marks={"a": 0.2},
     ),
+    "spread, stretched": lambda: plotting.spread({"": {"u": [98, 60]}}, xlabel="x", best=100),
     "schedule": lambda: plotting.schedule(
         [(0.0, 2.0, "a"), (2.0, 0.0, "b"), (0.0, 1.0, "a")], xlabel="x"
     ),
@@ -75,6 +95,11 @@ PICTURES = {
 }
 
 
+def shown_texts(figure):
+    figure.canvas.draw()
+    return [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
+
+
 @pytest.mark.parametrize("name", PICTURES)
 def test_draws_at_the_width_of_the_page(name):
     figure = PICTURES[name]()
@@ -84,10 +109,77 @@ def test_draws_at_the_width_of_the_page(name):
     assert not mpl.pyplot.get_fignums()
 
 
+@pytest.mark.parametrize("name", PICTURES)
+def test_type_is_one_and_can_be_read_on_a_phone(name):
+    """9 pixels at least where the picture is 350 pixels wide; and nothing is cut off."""
+    figure = PICTURES[name]()
+    pixels = 350 / (72 * plotting.WIDTH)  # of a point
+    for text in shown_texts(figure):
+        assert text.get_fontsize() * pixels >= 9, text
+        assert text.get_fontfamily()[0] == "Figure Sans", text
+        box, page = text.get_window_extent(), figure.bbox
+        if text.axes and not text.get_clip_on() and box.width:
+            assert box.x0 > page.x0 - 1, text
+            assert box.x1 < page.x1 + 1, text
+            assert box.y0 > page.y0 - 3, text
+            assert box.y1 < page.y1 + 3, text
+
+
+def test_the_typeface_is_the_one_of_the_package():
+    for style in ("normal", "italic"):
+        wanted = font_manager.FontProperties(family="Figure Sans", style=style)
+        path = font_manager.findfont(wanted, fallback_to_default=False)
+        assert "plotting/fonts/FigureSans" in path.replace("\\", "/")
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_drawings_are_light_and_the_same_each_time(name):
+    drawing = svg(PICTURES[name]())
+    root = ET.fromstring(drawing)
+    assert root.get("viewBox").split()[2] == f"{72 * plotting.WIDTH:g}"
+    assert "\n" not in drawing
+    assert len(drawing) < 150_000
+    assert drawing == svg(PICTURES[name]())
+    used = re.findall(r'(?:href="|url\()#([\w-]+)', drawing)
+    assert set(used) == set(re.findall(r' id="([^"]+)"', drawing))
+
+
+def test_numbers_at_an_axis_are_all_of_one_kind():
+    assert written([0.001, 1, 10_000]) == ["0.001", "1", "10,000"]
+    assert written([-0.5, 0, 2]) == ["−0.5", "0", "2"]
+    assert written([1e-6, 1, 1e3, 3e4]) == ["10⁻⁶", "1", "10³", "3 · 10⁴"]
+
+
+def test_ticks_are_round_and_few():
+    assert even(-1.6, 2.9, 4) == [-1, 0, 1, 2]
+    assert even(0, 47, 6) == [0, 10, 20, 30, 40]
+    assert spaced(3.5e-6, 7.2e-6, 5) == pytest.approx([4e-6, 5e-6, 6e-6, 7e-6])
+    assert spaced(0.3, 12, 6) == pytest.approx([0.5, 1, 2, 5, 10])
+    assert spaced(1e-33, 1e40, 6) == pytest.approx([1e-20, 1, 1e20, 1e40])
+    for low, high in ((1e-9, 3), (0.2, 700), (20, 30), (1, 1e6)):
+        ticks = spaced(low, high, 6)
+        assert 2 <= len(ticks) <= 6
+        assert all(low <= a < b <= high * 1.0001 for a, b in pairwise(ticks))
+
+
+def test_a_legend_is_as_wide_as_it_may_be():
+    assert legend_columns(["a", "b", "c"]) == 3
+    assert legend_columns(["a" * 30, "b" * 30, "c" * 30, "d"]) == 2
+    assert legend_columns(["a" * 60, "b"]) == 1
+
+
+def test_a_stretched_axis_shows_the_results_themselves():
+    (ax,) = PICTURES["spread, stretched"]().axes
+    shown = {round(t.get_position()[0]): t.get_text() for t in ax.get_xticklabels()}
+    assert shown[5] == "95"
+    assert shown[20] == "80"
+    assert ax.xaxis_inverted()
+
+
 def test_convergence_names_the_slopes():
     figure = PICTURES["convergence"]()
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert labels == ["first: slope 1.0", "exact: exact, below the picture"]
+    assert labels == ["first: slope 1.0", "exact: exact"]
     assert all(
         line.get_ydata()[0] > 1e-12 or line.get_label() != "first" for line in figure.axes[0].lines
     )
@@ -109,6 +201,8 @@ def test_slider_holds_its_data_and_asks_for_nothing():
     data = json.loads(re.search(r'application/json">(.*?)</script>', html, re.S)[1])
     assert data["moving"] == {"state": [[0.0, 1.0, 2.0], [3.0, 4.0, None]]}
     assert data["values"] == ["0.1", "1"]
+    assert data["xticks"] == [[0.0, "0"], [1.0, "1"], [2.0, "2"]]  # tokens have no halves
+    assert data["yticks"] == [[0.0, "0"], [1.0, "1"], [2.0, "2"], [3.0, "3"], [4.0, "4"]]
     assert not re.search(r"(src|href)\s*=", html)
     assert repr(widget) == "<Δ: a figure with a slider of 2 steps>"
 

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import mamba_tutorial
-from mamba_tutorial import data
+from mamba_tutorial import data, records
 from mamba_tutorial.mamba import MambaBlock, MambaLM
 from mamba_tutorial.scan import linear_scan
 from mamba_tutorial.selective import selective_scan
@@ -97,7 +97,7 @@ def test_repository_has_one_address():
     address = PROJECT["urls"]["Repository"]
     assert config["repository"]["url"] == address
     assert citation["repository-code"] == address
-    assert address.removeprefix("https://github.com/") in data.RECORDS
+    assert address.removeprefix("https://github.com/") in records.RECORDS
 
 
 def environment():
@@ -252,10 +252,11 @@ def test_the_package_is_whole_and_typed():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
     folders = {path.parent for path in (ROOT / "mamba_tutorial").rglob("__init__.py")}
     assert {".".join(f.relative_to(ROOT).parts) for f in folders} == set(settings["packages"])
-    kinds = settings["package-data"]["mamba_tutorial"]
-    for path in (ROOT / "mamba_tutorial").glob("*"):
-        if path.is_file() and path.suffix != ".py":
-            assert any(path.match(kind) for kind in kinds), path
+    for folder in folders:
+        kinds = settings["package-data"].get(".".join(folder.relative_to(ROOT).parts), [])
+        for path in folder.iterdir():
+            if path.is_file() and path.suffix != ".py":
+                assert any(path.match(kind) for kind in kinds), path
 
 
 def test_the_citation_is_of_this_version():

@@ -5,7 +5,6 @@ given as JSON. Here the first state of each is drawn once more, for browsers tha
 """
 
 import json
-import math
 import re
 from html import escape
 
@@ -20,13 +19,12 @@ def still(match: re.Match) -> str:
     data = json.loads(match[2])
     drawn, key, words = step(data) if "steps" in data else curves(data)
     label = escape(data["description"], quote=True)
-    svg = f'<svg viewBox="0 0 640 250" role="img" aria-label="{label}">{drawn}</svg>'
+    svg = f'<svg viewBox="0 0 640 262" role="img" aria-label="{label}">{drawn}</svg>'
     return f'<noscript><div class="key">{key}</div>{svg}<p>{escape(words)}</p></noscript>{match[1]}'
 
 
-def text(x: float, y: float, words, anchor: str = "middle") -> str:
+def text(x: float, y: float, words: str, anchor: str = "middle") -> str:
     """Return a text of the figure."""
-    words = words if isinstance(words, str) else f"{words:g}".replace("-", "−")
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
@@ -39,10 +37,10 @@ def curves(data: dict) -> tuple[str, str, str]:
     ]
     values = [value for curve in everything for value in curve if value is not None]
     low, high = min(values), max(values)
-    width = 600 / len(data["x"])
+    width = 590 / data["length"]
 
     def y(value):
-        return 208 - 200 * (value - low) / (high - low)
+        return 214 - 206 * (value - low) / (high - low)
 
     def path(curve):
         pen, parts = "M", []
@@ -50,20 +48,19 @@ def curves(data: dict) -> tuple[str, str, str]:
             if value is None:
                 pen = "M"
                 continue
-            x = 34 + (i + 0.5 * data["smooth"]) * width
+            x = 42 + (i + 0.5 * data["smooth"]) * width
             stair = "" if data["smooth"] else f"h{width:.2f}"
             parts.append(f"{pen}{x:.1f} {y(value):.1f}{stair}")
             pen = "L"
         return "".join(parts)
 
     drawn, key = "", ""
-    for value in sorted({math.ceil(low), 0, math.floor(high)}):
-        if low - 0.3 * (high - low) <= value <= high + 0.3 * (high - low):
-            drawn += f'<line x1="34" x2="634" y1="{y(value):.1f}" y2="{y(value):.1f}" />'
-            drawn += text(26, y(value) + 4, value, "end")
-    for i in range(0, len(data["x"]), math.ceil(len(data["x"]) / 8)):
-        drawn += text(34 + (i + 0.5) * width, 227, data["x"][i])
-    drawn += text(334, 248, data["xlabel"])
+    for value, label in data["yticks"]:
+        drawn += f'<line x1="42" x2="632" y1="{y(value):.1f}" y2="{y(value):.1f}" />'
+        drawn += text(34, y(value) + 5, label, "end")
+    for place, label in data["xticks"]:
+        drawn += text(42 + (place + 0.5) * width, 235, label)
+    drawn += text(337, 257, data["xlabel"])
     for kinds, group in (
         (("still", "still dashed"), data["fixed"]),
         (("moving", "moving second"), moving),

@@ -1,4 +1,4 @@
-// What the pages need of JavaScript beyond the theme's: formulas, tables and pictures that scroll can
+// What the pages need of JavaScript beyond the theme's: formulas and tables that scroll can
 // be reached with the keyboard, buttons say what they show, and paper is white.
 (() => {
   const page = document.documentElement;
@@ -16,8 +16,6 @@
     ".bd-article mjx-container[display='true']": "formula",
     ".bd-article span.math.wide": "formula",
     ".pst-scrollable-table-container": "table",
-    ".bd-article .cell_output figure": "figure",
-    ".mamba-stepper .frame": "figure",
     ".bd-article pre": "code or output",
   };
 
