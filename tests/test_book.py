@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
+import pybtex.database
 import pytest
 import yaml
 
@@ -138,6 +139,29 @@ def test_letters_with_two_meanings_are_used_where_the_notation_says():
                 text = text_of_chapter(int(number)).replace("$$", "$")
                 formulae = re.findall(r"\$[^$]+\$", text)
                 assert any(pattern in formula for formula in formulae), (letter, number)
+
+
+def test_every_work_of_the_literature_has_an_address():
+    entries = pybtex.database.parse_file(BOOK / "references.bib").entries
+    assert len(entries) >= 30
+    for key, entry in entries.items():
+        assert {"doi", "eprint", "url"} & set(entry.fields), key
+
+
+@pytest.mark.slow
+def test_citations_are_told_apart_and_stand_in_the_list(site):
+    page = (site / "book/references.html").read_text("utf-8")
+    works = page.split('<div class="citation"')[1:]
+    labels = [re.search(r"\[</span>(.*?)<span", work)[1] for work in works]
+    assert len(works) == len(set(labels)) > 20
+    assert {"Gu et al., 2022a", "Gu et al., 2022b", "Gu and Dao, 2023"} <= set(labels)
+    assert all('class="reference external" href="https://' in work for work in works)
+    known = dict(zip([re.search('id="([^"]+)"', work)[1] for work in works], labels, strict=True))
+    for path in NOTEBOOKS:
+        html = (site / f"book/{path.stem}.html").read_text("utf-8")
+        for key, text in re.findall(r'references\.html#([\w-]+)"[^>]*>(?:<span>)?(.*?)</a>', html):
+            text = re.sub("<[^>]+>", "", text)
+            assert known[key].endswith(text), (path.stem, text)
 
 
 class Page(HTMLParser):
