@@ -1,4 +1,4 @@
-"""Citations told apart: works of the same names and year are 2022a and 2022b wherever they are named.
+"""Citations told apart: works of the same names and year are 2022a and 2022b in text and list.
 
 The list of the literature is headed by what the text says, "Gu et al., 2022a", not by numbers.
 """
