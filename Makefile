@@ -38,7 +38,7 @@ AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 lab: $(READY)  ## open JupyterLab in the first chapter, and print where it is
 	@# so that figures with a slider are shown before they are run
 	@$(BIN)/jupyter trust book/*.ipynb >/dev/null
-	@JUPYTER_CONFIG_PATH=book/_lab $(BIN)/jupyter lab $(AS_ROOT) --LabApp.default_url=/lab/tree/$(FIRST)
+	@$(BIN)/jupyter lab --config=book/_lab/jupyter_server_config.py $(AS_ROOT) --LabApp.default_url=/lab/tree/$(FIRST)
 
 test: $(READY)  ## run everything: style, arrows, tests, all notebooks, the book
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .

@@ -264,6 +264,28 @@ def test_the_whole_book_has_all_pages_in_order(site):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(whole_book.find_chromium() is None, reason="no Chromium and no Chrome is here")
+def test_the_pdf_has_all_pages(site, tmp_path):
+    """All pages of the book are printed, of each page its title: the whole takes a minute."""
+    small, titles = tmp_path / "html", []
+    (small / "book").mkdir(parents=True)
+    for folder in ("_static", "mathjax"):
+        (small / folder).symlink_to(site / folder)
+    for page in toc_pages():
+        html = (site / f"{page}.html").read_text("utf-8")
+        head, title = html.partition("<body")[0], re.search(r"<h1>.*?</h1>", html, re.DOTALL)[0]
+        text = f'{head}<body><article class="bd-article">{title}</article><section id="the-map">'
+        (small / f"{page}.html").write_text(text, "utf-8")
+        titles.append(re.sub("<[^>]*>|#", "", title).strip())
+    whole_book.main(small, ROOT)
+    printed = (small / whole_book.NAME).read_bytes()
+    assert printed.startswith(b"%PDF")
+    for title in titles:  # in the outline, which stands in the file as it is
+        assert f"/Title ({title})".encode() in printed
+    assert "the whole book as one PDF" in (small / "book/index.html").read_text("utf-8")
+
+
+@pytest.mark.slow
 def test_every_inner_link_leads_somewhere(pages):
     for path, page in pages.items():
         for address in page.links:
@@ -292,6 +314,19 @@ def test_chapters_can_be_launched_edited_and_discussed(site):
         assert f"https://mybinder.org/v2/gh/{github}/main" in html
         assert f"{REPOSITORY}/edit/main/book/{path.name}" in html
         assert f"{REPOSITORY}/issues/new" in html
+
+
+@pytest.mark.slow
+def test_chapters_can_be_downloaded_as_notebooks(site):
+    for path in NOTEBOOKS:
+        html = (site / f"book/{path.stem}.html").read_text("utf-8")
+        address = re.search(r'<a href="([^"]+)"[^>]*btn-download-source-button', html)[1]
+        assert re.search(r"this page as a notebook \(\.ipynb\)", html)
+        file = (site / "book" / address).resolve()
+        assert len(nbformat.read(file, as_version=4).cells) >= len(
+            nbformat.read(path, as_version=4).cells
+        )
+        assert file.stat().st_size < 1.2e6
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Settings of JupyterLab for the chapters: JUPYTER_CONFIG_PATH=book/_lab jupyter lab book."""
+"""Settings of JupyterLab for the chapters: jupyter lab --config=<this file>."""
 
 import sys
 from pathlib import Path
