@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "book/_lab"))
 sys.path.insert(0, str(ROOT / "book/_ext"))
 import book_contents as lab  # noqa: E402
+import standalone  # noqa: E402
 import whole_book  # noqa: E402
 
 BROWSER = whole_book.find_chromium()
@@ -67,6 +69,20 @@ def test_exercises_have_a_cell_to_work_in_and_solutions_are_closed(path):
         assert solution.metadata[lab.COLLAPSED]
 
 
+@EACH_NOTEBOOK
+def test_notebooks_to_take_along_are_plain_markdown(path):
+    before, after = read(path), standalone.alone(read(path), path.stem, "https://x.org/")
+    nbformat.validate(after)
+    for cell in after.cells:
+        if cell.cell_type == "markdown":
+            assert not re.search(r"```\{|\{[\w:]+\}`|\]\(\w+\)|\$\$ \(eq", cell.source), cell.source
+    code = [cell.source for cell in before.cells if cell.cell_type == "code"]
+    kept = [c.source for c in after.cells if c.cell_type == "code" and not lab.is_tagged(c, "work")]
+    assert kept == code
+    tags = [n for cell in after.cells for n in re.findall(r"\\tag\{([\d.]+)\}", cell.source)]
+    assert len(tags) == len(standalone.labels_of_equations()[path.stem])
+
+
 def test_what_a_reader_writes_is_kept():
     path = ROOT / "book/03_two_views.ipynb"
     shown = lab.shown(read(path), path.stem)
@@ -80,10 +96,12 @@ def test_what_a_reader_writes_is_kept():
 
 
 def test_numbers_and_citations_are_those_of_the_book():
-    assert lab.numbers()["eq-impulse"] == "(1.10)"
-    assert lab.numbers()["fig-cost"] == "Figure 3.5"
-    assert lab.cited("cite:p", "gu2022s4,gu2023mamba") == "(Gu et al., 2022a; Gu and Dao, 2023)"
-    assert lab.cited("cite:t", "gu2022s4d") == "Gu et al. (2022b)"
+    assert standalone.numbers()["eq-impulse"] == "(1.10)"
+    assert standalone.numbers()["fig-cost"] == "Figure 3.5"
+    assert (
+        standalone.cited("cite:p", "gu2022s4,gu2023mamba") == "(Gu et al., 2022a; Gu and Dao, 2023)"
+    )
+    assert standalone.cited("cite:t", "gu2022s4d") == "Gu et al. (2022b)"
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ a section that is closed. On its way back all of this is undone; what a reader h
 `shown` and `kept` are the two ways; `kept(shown(notebook))` is the notebook.
 """
 
-import json
 import re
 import sys
 from functools import cache
@@ -20,22 +19,27 @@ from ipykernel.ipkernel import IPythonKernel
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_server.services.contents.largefilemanager import AsyncLargeFileManager
 from nbformat import NotebookNode
-from pybtex.database import parse_file
 
-BOOK = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(BOOK / "_ext"))
-from citations import names, tell_apart  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "_ext"))
+from standalone import (
+    BOOK,
+    COLLAPSED,
+    FOLDED,
+    LABEL,
+    ROLE,
+    SOLUTION,
+    TO_WORK_IN,
+    files,
+    is_tagged,
+    labels_of_equations,
+    with_extras,
+    words_for,
+)
 
 KEPT_LANGUAGE = {"name": "python"}
 KEPT_KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
-FOLDED = {"hide-input", "hide-cell", "remove-cell", "remove-input"}
-COLLAPSED = "jp-MarkdownHeadingCollapsed"
-TO_WORK_IN = "# your turn"
-ROLE = re.compile(r"\{(cite:p|cite:t|eq|numref|ref)\}`([^`]+)`")
 WRITTEN_OUT = re.compile(r'<span data-role="([\w:]+)" data-of="([^"]+)">.*?</span>', re.DOTALL)
-SOLUTION = re.compile(r"```\{solution-start\} [\w-]+\n.*?```", re.DOTALL)
 CLOSED = re.compile(r"#### Solution\n\n<!--\n(```\{solution-start\}.*?)\n-->", re.DOTALL)
-EXERCISE = re.compile(r"```\{exercise\}.*?\n:label: ([\w-]+)", re.DOTALL)
 OPENED = "#### Exercise\n\n"
 
 
@@ -48,21 +52,10 @@ def shown(notebook: NotebookNode, page: str) -> NotebookNode:
     """
     notebook.metadata.kernelspec = dict(KEPT_KERNEL, display_name=kernel_name())
     notebook.metadata.language_info = IPythonKernel.language_info
-    cells = []
-    for cell, following in zip(notebook.cells, [*notebook.cells[1:], None], strict=True):
-        label = cell.cell_type == "markdown" and EXERCISE.search(cell.source)
+    notebook.cells = with_extras(notebook.cells, page)
+    for cell in notebook.cells:
         if cell.cell_type == "markdown":
             show_text(cell, page)
-        elif FOLDED & set(cell.metadata.get("tags", [])):
-            cell.metadata.jupyter = {"source_hidden": True}
-        cells.append(cell)
-        if label and not is_tagged(following, "work"):
-            cells.append(extra("code", f"work-{label[1]}", "work", TO_WORK_IN))
-        figure = cell.metadata.get("mystnb", {}).get("figure", {})
-        if figure.get("caption"):
-            text = f"*{numbers()[figure.name]}.* {written_out(figure.caption, page)}"
-            cells.append(extra("markdown", f"caption-{cell.id}", "caption", text))
-    notebook.cells = cells
     return notebook
 
 
@@ -78,21 +71,10 @@ def kept(notebook: NotebookNode) -> NotebookNode:
     return notebook
 
 
-def is_tagged(cell: NotebookNode | None, tag: str) -> bool:
-    """Whether a cell has a tag."""
-    return cell is not None and tag in cell.metadata.get("tags", [])
-
-
 def is_ours(cell: NotebookNode) -> bool:
     """Whether `shown` made a cell, and nobody wrote into it."""
     untouched = is_tagged(cell, "work") and cell.source.strip() in ("", TO_WORK_IN)
     return untouched or is_tagged(cell, "caption")
-
-
-def extra(kind: str, name: str, tag: str, source: str) -> NotebookNode:
-    """Return a cell that the file does not have."""
-    make = nbformat.v4.new_code_cell if kind == "code" else nbformat.v4.new_markdown_cell
-    return make(source, id=name[:64], metadata={"tags": [tag]})
 
 
 def show_text(cell: NotebookNode, page: str) -> None:
@@ -101,7 +83,7 @@ def show_text(cell: NotebookNode, page: str) -> None:
     if SOLUTION.search(text):
         text = SOLUTION.sub(lambda found: f"#### Solution\n\n<!--\n{found[0]}\n-->", text)
         cell.metadata[COLLAPSED] = True
-    if EXERCISE.match(text):
+    if LABEL.match(text):
         text = OPENED + text
     cell.source = text
 
@@ -126,66 +108,9 @@ def written_out(text: str, page: str) -> str:
         kind, target = role.groups()
         if kind == "eq" and target in here:
             return role[0]  # JupyterLab knows the equations of the page itself
-        words = cited(kind, target) if kind.startswith("cite") else numbers().get(target, target)
-        return f'<span data-role="{kind}" data-of="{target}">{words}</span>'
+        return f'<span data-role="{kind}" data-of="{target}">{words_for(kind, target)}</span>'
 
     return ROLE.sub(write, text)
-
-
-def cited(kind: str, keys: str) -> str:
-    """Return a citation in words, in brackets or as a part of the sentence."""
-    works = [
-        (names(entry), entry.fields["year"]) for entry in map(literature().get, keys.split(","))
-    ]
-    if kind == "cite:t":
-        return ", ".join(f"{who} ({year})" for who, year in works)
-    return f"({'; '.join(f'{who}, {year}' for who, year in works)})"
-
-
-@cache
-def literature() -> dict:
-    """Return the entries of the literature, told apart as in the book."""
-    entries = parse_file(BOOK / "references.bib").entries
-    tell_apart(entries.values())
-    return dict(entries)
-
-
-@cache
-def files() -> dict[str, str]:
-    """Return the pages of the book: name → file."""
-    return {path.stem: path.name for kind in ("*.ipynb", "*.md") for path in BOOK.glob(kind)}
-
-
-@cache
-def labels_of_equations() -> dict[str, list[str]]:
-    """Return the labels of the equations of each notebook, in order."""
-    found = {}
-    for path in sorted(BOOK.glob("*.ipynb")):
-        cells = json.loads(path.read_text("utf-8"))["cells"]
-        text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
-        found[path.stem] = re.findall(r"\$\$ \(([\w-]+)\)", text)
-    return found
-
-
-@cache
-def numbers() -> dict[str, str]:
-    """Return what the book calls its equations, figures and exercises: label → words."""
-    found, counts = {}, {}
-
-    def count(kind: str, chapter: int) -> str:
-        counts[kind, chapter] = counts.get((kind, chapter), 0) + 1
-        return f"{chapter}.{counts[kind, chapter]}"
-
-    for path in sorted(BOOK.glob("[0-9]*.ipynb")):
-        chapter = int(path.stem[:2])
-        for label in labels_of_equations()[path.stem]:
-            found[label] = f"({count('equation', chapter)})"
-        for cell in json.loads(path.read_text("utf-8"))["cells"]:
-            if name := cell["metadata"].get("mystnb", {}).get("figure", {}).get("name"):
-                found[name] = f"Figure {count('figure', chapter)}"
-            for label in EXERCISE.findall("".join(cell["source"])):
-                found[label] = f"Exercise {count('exercise', chapter)}"
-    return found
 
 
 @cache
