@@ -152,6 +152,20 @@ def test_constraints_pin_what_the_project_asks_for(minor):
             assert requirement.specifier.contains(version), f"{text}, pinned to {version}"
 
 
+def test_the_oldest_libraries_are_those_that_the_project_names():
+    command = [sys.executable, ROOT / ".ci/oldest.py"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    extras = [
+        PROJECT["optional-dependencies"][name] for name in ("fast", "checkpoints", "notebooks")
+    ]
+    asked = [Requirement(text) for text in [*PROJECT["dependencies"], *sum(extras, [])]]
+    asked = {r.name: r.specifier for r in asked if r.name != "mamba-tutorial"}
+    for line in map(Requirement, lines):
+        (version,) = line.specifier
+        assert asked.pop(line.name).contains(version.version)
+    assert not asked
+
+
 def readme_example(word):
     (code,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.S) if word in code)
     result = python(f"import torch\ntorch.manual_seed(0)\n{code}")
