@@ -76,6 +76,8 @@ def test_notebooks_to_take_along_are_plain_markdown(path):
     for cell in after.cells:
         if cell.cell_type == "markdown":
             assert not re.search(r"```\{|\{[\w:]+\}`|\]\(\w+\)|\$\$ \(eq", cell.source), cell.source
+    card = after.cells[0].source
+    assert path.stem == "common_errors" or ("**Before.** " in card and "**Running time.** " in card)
     code = [cell.source for cell in before.cells if cell.cell_type == "code"]
     kept = [c.source for c in after.cells if c.cell_type == "code" and not lab.is_tagged(c, "work")]
     assert kept == code

@@ -155,10 +155,9 @@ def test_constraints_pin_what_the_project_asks_for(minor):
 def test_the_oldest_libraries_are_those_that_the_project_names():
     command = [sys.executable, ROOT / ".ci/oldest.py"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    extras = [
-        PROJECT["optional-dependencies"][name] for name in ("fast", "checkpoints", "notebooks")
-    ]
-    asked = [Requirement(text) for text in [*PROJECT["dependencies"], *sum(extras, [])]]
+    extras = PROJECT["optional-dependencies"]
+    listed = [PROJECT["dependencies"], *map(extras.get, ("fast", "checkpoints", "notebooks"))]
+    asked = [Requirement(text) for names in listed for text in names]
     asked = {r.name: r.specifier for r in asked if r.name != "mamba-tutorial"}
     for line in map(Requirement, lines):
         (version,) = line.specifier

@@ -25,7 +25,7 @@ EQUATION = re.compile(r"^\$\$\n(.*?)\n\$\$ \(([\w-]+)\)", re.DOTALL | re.MULTILI
 LABEL = re.compile(r"```\{exercise\}.*?\n:label: ([\w-]+)", re.DOTALL)
 EXERCISE = re.compile(r"```\{exercise\} (.*?)\n:label: ([\w-]+)\n+(.*?)\n```", re.DOTALL)
 SOLUTION = re.compile(r"```\{solution-start\} [\w-]+\n.*?```", re.DOTALL)
-BOX = re.compile(r"```\{admonition\} (.*?)\n(?::\w+:.*\n)*\n*(.*?)\n```", re.DOTALL)
+BOX = re.compile(r"```\{admonition\} (.*?)\n(?::\w+:[^\n]*\n)*\n*(.*?)\n```", re.DOTALL)
 
 
 def alone(notebook: NotebookNode, page: str, site: str) -> NotebookNode:
