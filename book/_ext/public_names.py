@@ -127,12 +127,11 @@ def entries(module: str) -> list[Entry]:
     """Return the public functions and classes of a module, and the constants that it lists."""
     found = [entry_of(module, node) for node in tree(module)[0].body if is_public(node)]
     for name in listed(module):
-        if node := assigned(module).get(name):
-            where = relative(tree(module)[1]), (node.lineno, node.end_lineno)
+        origin, _, original = exports(module).get(name, f"{module}.{name}").rpartition(".")
+        if node := assigned(origin).get(original):
+            where = relative(tree(origin)[1]), (node.lineno, node.end_lineno)
             found.append(Entry(f"{module}.{name}", "data", ast.unparse(node), "", *where))
-    for name, source in exports(module).items():
-        origin, _, original = source.rpartition(".")
-        if re.search(r"\._", f".{origin}"):  # else it is explained where it is defined
+        elif re.search(r"\._", f".{origin}"):  # else it is explained where it is defined
             node = next(n for n in tree(origin)[0].body if getattr(n, "name", "") == original)
             entry = entry_of(origin, node)
             found.append(renamed(entry, entry.name, f"{module}.{name}"))
