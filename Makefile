@@ -31,11 +31,14 @@ pdf: $(READY)  ## build the book, and all of it as one PDF, linked from the fron
 	@$(BIN)/jupyter-book build . -W -n --keep-going --quiet
 	@$(BIN)/python book/_ext/whole_book.py _build/html
 
+FIRST := book/01_state_space_models.ipynb
 # in a container one is often root, where JupyterLab wants to be told that this is meant
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
-lab: $(READY)  ## open JupyterLab in the first chapter
-	@$(BIN)/jupyter lab $(AS_ROOT) book/01_state_space_models.ipynb
+lab: $(READY)  ## open JupyterLab in the first chapter, and print where it is
+	@# so that figures with a slider are shown before they are run
+	@$(BIN)/jupyter trust book/*.ipynb >/dev/null
+	@$(BIN)/jupyter lab --config=book/_lab/jupyter_server_config.py $(AS_ROOT) --LabApp.default_url=/lab/tree/$(FIRST)
 
 test: $(READY)  ## run everything: style, arrows, tests, all notebooks, the book
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
+import pybtex.database
 import pytest
 import yaml
 
@@ -156,6 +158,29 @@ def test_letters_with_two_meanings_are_used_where_the_notation_says():
                 assert any(pattern in formula for formula in formulae), (letter, number)
 
 
+def test_every_work_of_the_literature_has_an_address():
+    entries = pybtex.database.parse_file(BOOK / "references.bib").entries
+    assert len(entries) >= 30
+    for key, entry in entries.items():
+        assert {"doi", "eprint", "url"} & set(entry.fields), key
+
+
+@pytest.mark.slow
+def test_citations_are_told_apart_and_stand_in_the_list(site):
+    page = (site / "book/references.html").read_text("utf-8")
+    works = page.split('<div class="citation"')[1:]
+    labels = [re.search(r"\[</span>(.*?)<span", work)[1] for work in works]
+    assert len(works) == len(set(labels)) > 20
+    assert {"Gu et al., 2022a", "Gu et al., 2022b", "Gu and Dao, 2023"} <= set(labels)
+    assert all('class="reference external" href="https://' in work for work in works)
+    known = dict(zip([re.search('id="([^"]+)"', work)[1] for work in works], labels, strict=True))
+    for path in NOTEBOOKS:
+        html = (site / f"book/{path.stem}.html").read_text("utf-8")
+        for key, text in re.findall(r'references\.html#([\w-]+)"[^>]*>(?:<span>)?(.*?)</a>', html):
+            text = re.sub("<[^>]+>", "", text)
+            assert known[key].endswith(text), (path.stem, text)
+
+
 class Page(HTMLParser):
     """The addresses that a page loads by itself, those it links to, and its anchors."""
 
@@ -264,6 +289,28 @@ def test_the_whole_book_has_all_pages_in_order(site):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(whole_book.find_chromium() is None, reason="no Chromium and no Chrome is here")
+def test_the_pdf_has_all_pages(site, tmp_path):
+    """All pages of the book are printed, of each page its title: the whole takes a minute."""
+    small, titles = tmp_path / "html", []
+    (small / "book").mkdir(parents=True)
+    for folder in ("_static", "mathjax"):
+        shutil.copytree(site / folder, small / folder)
+    for page in toc_pages():
+        html = (site / f"{page}.html").read_text("utf-8")
+        head, title = html.partition("<body")[0], re.search(r"<h1>.*?</h1>", html, re.DOTALL)[0]
+        text = f'{head}<body><article class="bd-article">{title}</article><section id="the-map">'
+        (small / f"{page}.html").write_text(text, "utf-8")
+        titles.append(re.sub("<[^>]*>|#", "", title).strip())
+    whole_book.main(small, ROOT)
+    printed = (small / whole_book.NAME).read_bytes()
+    assert printed.startswith(b"%PDF")
+    for title in titles:  # in the outline, which stands in the file as it is
+        assert f"/Title ({title})".encode() in printed
+    assert "the whole book as one PDF" in (small / "book/index.html").read_text("utf-8")
+
+
+@pytest.mark.slow
 def test_every_inner_link_leads_somewhere(pages):
     for path, page in pages.items():
         for address in page.links:
@@ -292,6 +339,19 @@ def test_chapters_can_be_launched_edited_and_discussed(site):
         assert f"https://mybinder.org/v2/gh/{github}/main" in html
         assert f"{REPOSITORY}/edit/main/book/{path.name}" in html
         assert f"{REPOSITORY}/issues/new" in html
+
+
+@pytest.mark.slow
+def test_chapters_can_be_downloaded_as_notebooks(site):
+    for path in NOTEBOOKS:
+        html = (site / f"book/{path.stem}.html").read_text("utf-8")
+        address = re.search(r'<a href="([^"]+)"[^>]*btn-download-source-button', html)[1]
+        assert re.search(r"this page as a notebook \(\.ipynb\)", html)
+        file = (site / "book" / address).resolve()
+        assert len(nbformat.read(file, as_version=4).cells) >= len(
+            nbformat.read(path, as_version=4).cells
+        )
+        assert file.stat().st_size < 1.2e6
 
 
 @pytest.mark.slow

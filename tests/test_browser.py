@@ -216,3 +216,20 @@ def test_solutions_open_and_are_named(site, contexts):
     button.click()
     assert button.get_attribute("aria-expanded") == "true"
     page.close()
+
+
+def test_the_drawing_of_the_front_page_moves_until_told(site, contexts):
+    where = "e => getComputedStyle(e).transform"
+    for mode, moves in (("dark", True), ("light", False)):  # the latter asks for less motion
+        page = open_page(contexts(mode), (site / "book/index.html").as_uri())
+        token = page.locator("figure.stream .token").nth(6)
+        places = []
+        for hold in (False, True):
+            if hold and moves:
+                page.get_by_label("hold still").check()
+            before = token.evaluate(where)
+            page.wait_for_timeout(300)
+            places.append(token.evaluate(where) != before)
+        assert places == [moves, False]
+        assert page.get_by_role("link", name="Start with chapter 1").is_visible()
+        page.close()

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,7 @@ def test_every_public_name_exists_and_is_explained():
         assert getattr(mamba_tutorial, name).__doc__
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make is here")
 def test_commands_of_the_readme_exist():
     help_text = subprocess.run(
         ["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -148,6 +150,19 @@ def test_constraints_pin_what_the_project_asks_for(minor):
         if requirement.name != "mamba-tutorial":
             version = pinned[requirement.name.lower()]
             assert requirement.specifier.contains(version), f"{text}, pinned to {version}"
+
+
+def test_the_oldest_libraries_are_those_that_the_project_names():
+    command = [sys.executable, ROOT / ".ci/oldest.py"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    extras = PROJECT["optional-dependencies"]
+    listed = [PROJECT["dependencies"], *map(extras.get, ("fast", "checkpoints", "notebooks"))]
+    asked = [Requirement(text) for names in listed for text in names]
+    asked = {r.name: r.specifier for r in asked if r.name != "mamba-tutorial"}
+    for line in map(Requirement, lines):
+        (version,) = line.specifier
+        assert asked.pop(line.name).contains(version.version)
+    assert not asked
 
 
 def readme_example(word):

@@ -1,6 +1,7 @@
 """The structured kernels against the naive one, and the layers' two views against each other."""
 
 import math
+import os
 import subprocess
 import sys
 
@@ -51,6 +52,7 @@ def test_dplr_kernel_of_many_channels():
         assert torch.allclose(kernel, naive, atol=1e-10)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not tell how much memory was used")
 def test_memory_of_the_dplr_kernel_is_the_sum_and_not_the_product():
     """Forward and backward, in a fresh process: the Cauchy matrix must never exist."""
     code = """

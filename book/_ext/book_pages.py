@@ -1,4 +1,4 @@
-"""What the front page needs beyond Jupyter Book: the map of ideas."""
+"""What the front page needs beyond Jupyter Book: the map of ideas, and a drawing that moves."""
 
 from html import escape
 from pathlib import Path
@@ -47,9 +47,31 @@ class IdeaMap(SphinxDirective):
         return f'<li>{label}<div class="box">{box}</div></li>'
 
 
+class MovingDrawing(SphinxDirective):
+    """Show a drawing that `book.css` moves, with a caption and a way to hold it still.
+
+    The argument names an SVG file beside this extension, the body is the caption. As it is drawn,
+    it stands: so it is on paper, and for readers who have asked for less motion.
+    """
+
+    has_content = True
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Return the drawing as one block of HTML."""
+        name = self.arguments[0]
+        drawing = (DRAWINGS / f"{name}.svg").read_text(encoding="utf-8")
+        self.env.note_dependency(str(DRAWINGS / f"{name}.svg"))
+        caption = escape(" ".join(self.content))
+        hold = '<label class="hold"><input type="checkbox"> hold still</label>'
+        html = f"{drawing}{hold}<figcaption>{caption}</figcaption>"
+        return [nodes.raw("", f'<figure class="moving {name}">{html}</figure>', format="html")]
+
+
 def setup(app) -> dict:
     """Register with Sphinx."""
     app.add_directive("idea-map", IdeaMap)
+    app.add_directive("moving-drawing", MovingDrawing)
     return {
         "version": "1",
         "parallel_read_safe": True,

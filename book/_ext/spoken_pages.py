@@ -22,6 +22,16 @@ def name_controls(app, pagename, templatename, context, doctree) -> None:
         )
 
 
+def name_download(app, pagename, templatename, context, doctree) -> None:
+    """Say what the button with the arrow brings: the theme says ".ipynb"."""
+    for menu in context.get("header_buttons", []):
+        for button in menu.get("buttons", []):
+            if button.get("label") == "download-source-button":
+                kind = "notebook" if button["text"] == ".ipynb" else "text"
+                button["text"] = f"this page as a {kind} ({button['text']})"
+                button["tooltip"] = f"Download this page as a {kind}"
+
+
 def mark_single_lines(app, doctree, docname) -> None:
     """Mark outputs of one line, which may break on a narrow screen: no columns get lost."""
     cells = (node for node in doctree.findall(nodes.container) if "cell_output" in node["classes"])
@@ -34,6 +44,7 @@ def mark_single_lines(app, doctree, docname) -> None:
 def setup(app) -> dict:
     """Register with Sphinx."""
     app.connect("html-page-context", name_controls, priority=900)
+    app.connect("html-page-context", name_download, priority=900)
     app.connect("doctree-resolved", mark_single_lines)
     return {
         "version": "1",

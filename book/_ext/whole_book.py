@@ -104,15 +104,15 @@ def link_from_front_page(site: Path) -> None:
         front.write_text(page[:before] + line + page[before:], "utf-8")
 
 
-def main(site: Path) -> None:
-    """Write the PDF into the site."""
+def main(site: Path, root: Path = Path(__file__).parents[2]) -> None:
+    """Write the PDF into the site that was built from the files under root."""
     from playwright.sync_api import sync_playwright
 
     browser_path = find_chromium()
     if browser_path is None:
         sys.exit(f"The PDF needs one of {', '.join(BROWSERS)}, and none was found.")
     page_path = site / "book/whole_book.html"
-    page_path.write_text(whole_book(site, Path(__file__).parents[2]), "utf-8")
+    page_path.write_text(whole_book(site, root), "utf-8")
     try:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(

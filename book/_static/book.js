@@ -55,6 +55,8 @@
     for (const button of all("button.toggle-button")) {
       button.setAttribute("aria-label", button.closest(".admonition-title").textContent.trim());
     }
+    // a notebook is to be kept, not to be read in a tab
+    for (const link of all("a.btn-download-source-button")) link.download = "";
     for (const picture of all("img[loading=lazy]")) picture.loading = "eager";
     await window.MathJax?.startup?.promise;
     await document.fonts.ready;
