@@ -1,4 +1,4 @@
-"""The pictures of chapter 10: a chip, its warps, and what each thread holds."""
+"""The pictures of chapter 11: a chip, its warps, and what each thread holds."""
 
 from collections.abc import Mapping, Sequence
 
