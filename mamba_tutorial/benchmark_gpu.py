@@ -804,8 +804,8 @@ def training() -> Iterator[Row]:
     """One step, forward and backward, of models of 130 million parameters, bfloat16 autocast.
 
     The Transformer has 12 layers of the same width; "compiled", each layer by `torch.compile`, at
-    one shape, for it takes its time. "ms" is as Python calls it, "replayed_ms" as a CUDA graph, where
-    the program can be one: the first depends on the host, too.
+    one shape, for it takes its time. "ms" is as Python calls it, so it depends on the host, too;
+    "replayed_ms" is the same as a CUDA graph, where the program can be one.
     """
     for batch, length in ((8, 1024), (8, 2048), (1, 16384)):
         ids = torch.randint(50000, (batch, length), device="cuda")
