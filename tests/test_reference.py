@@ -131,7 +131,7 @@ def test_every_public_name_has_an_entry_on_the_page(site):
 def test_chapters_lead_to_the_reference(site):
     for path in CHAPTERS:
         html = (site / f"book/{path.stem}.html").read_text("utf-8")
-        text, used = html.split("What this page used of the package", 1)
+        text, used = html.split("Package functions used on this page", 1)
         for name in public_names.names_used(path):
             assert name.startswith("mamba_tutorial.plotting") or f'#{name}"' in used
         assert "reference_measure.html#mamba_tutorial.benchmark." not in text

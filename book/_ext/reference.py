@@ -254,7 +254,7 @@ def list_uses(app, doctree: nodes.document, docname: str) -> None:
     used = sorted((n.rpartition(".")[2], n) for n in used if f"{PACKAGE}.plotting" not in n)
     if used:
         line = nodes.paragraph(
-            "", "What this page used of the package:", classes=["reference-uses"]
+            "", "Package functions used on this page:", classes=["reference-uses"]
         )
         for short, name in used:
             line += [nodes.Text(" "), link(app, docname, name, nodes.literal("", short))]
