@@ -219,6 +219,16 @@ def test_every_page_is_built(site):
 
 
 @pytest.mark.slow
+def test_every_chapter_opens_with_its_drawing(site):
+    chapters = [page for page in toc_pages() if re.match(r"book/\d\d_", page)]
+    assert len(chapters) > 20
+    for page in chapters:
+        html = (site / f"{page}.html").read_text("utf-8")
+        card = html.index("chapter-card")
+        assert card < html.index('class="card-drawing"') < html.index("Running time", card)
+
+
+@pytest.mark.slow
 def test_no_page_loads_anything_from_outside(site, pages):
     for path, page in pages.items():
         for address in page.loads:

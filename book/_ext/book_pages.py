@@ -1,5 +1,6 @@
-"""What the front page needs beyond Jupyter Book: the map of ideas, and a drawing that moves."""
+"""Drawings beyond Jupyter Book: the map of ideas, one that moves, one in the card of a chapter."""
 
+import re
 from html import escape
 from pathlib import Path
 
@@ -68,10 +69,31 @@ class MovingDrawing(SphinxDirective):
         return [nodes.raw("", f'<figure class="moving {name}">{html}</figure>', format="html")]
 
 
+def drawings_of_chapters(front: str) -> dict[str, str]:
+    """Return for the number of a chapter, two digits, the drawing that the map has for it."""
+    steps = yaml.safe_load(re.search(r"```\{idea-map\}\n(.*?)```", front, re.DOTALL)[1])
+    return {step["page"][:2]: step["drawing"] for step in steps}
+
+
+def draw_in_cards(app, doctree: nodes.document) -> None:
+    """Put a chapter's drawing into the cards of its pages."""
+    front = Path(app.srcdir) / "book/index.md"
+    folder, _, page = app.env.docname.rpartition("/")
+    if folder != "book" or not front.exists():
+        return
+    name = drawings_of_chapters(front.read_text(encoding="utf-8")).get(page[:2])
+    for card in doctree.findall(nodes.admonition):
+        if name and "chapter-card" in card["classes"]:
+            drawing = (DRAWINGS / f"{name}.svg").read_text(encoding="utf-8")
+            html = f'<div class="card-drawing">{drawing}</div>'
+            card.insert(1, nodes.raw("", html, format="html"))
+
+
 def setup(app) -> dict:
     """Register with Sphinx."""
     app.add_directive("idea-map", IdeaMap)
     app.add_directive("moving-drawing", MovingDrawing)
+    app.connect("doctree-read", draw_in_cards)
     return {
         "version": "1",
         "parallel_read_safe": True,
