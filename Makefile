@@ -59,8 +59,8 @@ test-gpu: $(READY)  ## run the tests of the kernels and of the model on an NVIDI
 bench: .venv/bench  ## measure against others, on a GPU too if there is one; record in book/results
 	@$(BIN)/python -m mamba_tutorial.benchmark --out book/results/cpu_selective_scan.json
 	@! $(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" \
-		|| { $(BIN)/python -m mamba_tutorial.benchmark_gpu --out book/results \
-		&& $(BIN)/python -m mamba_tutorial.benchmark_distributed --out book/results; }
+		|| { $(BIN)/python -m mamba_tutorial.benchmark.gpu --out book/results \
+		&& $(BIN)/python -m mamba_tutorial.benchmark.distributed --out book/results; }
 
 execute: $(READY)  ## execute every notebook in place and clean its metadata
 	@cd book && ../$(BIN)/jupyter nbconvert --config nbconvert_config.py *.ipynb

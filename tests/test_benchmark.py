@@ -6,33 +6,33 @@ import sys
 import pytest
 import torch
 
-from mamba_tutorial import benchmark
+from mamba_tutorial.benchmark import cpu
 
 SMALL = {"batch": 1, "length": 40, "d_inner": 8, "d_state": 4}
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(benchmark, "SHAPE", SMALL)
+    monkeypatch.setattr(cpu, "SHAPE", SMALL)
 
 
-@pytest.mark.parametrize("name", benchmark.CANDIDATES)
+@pytest.mark.parametrize("name", cpu.CANDIDATES)
 @pytest.mark.filterwarnings("ignore")  # a peer's own
 def test_every_candidate_is_right(name):
     module = "mambapy" if name.startswith("mambapy") else "numba" if "numba" in name else "torch"
     pytest.importorskip(module, reason=f"{module} comes with the bench extra")
-    scan = benchmark.CANDIDATES[name]()
-    row = benchmark.measure(name, scan, benchmark.inputs(**SMALL), repeats=1)
-    assert row.error < benchmark.TOLERANCE
+    scan = cpu.CANDIDATES[name]()
+    row = cpu.measure(name, scan, cpu.inputs(**SMALL), repeats=1)
+    assert row.error < cpu.TOLERANCE
     assert row.both_ms > 0
 
 
 def test_a_wrong_candidate_is_not_timed():
     def wrong(x, dt, A, B, C):
-        return benchmark.ours("sequential")()(x, dt, A, B, C) * 1.01
+        return cpu.ours("sequential")()(x, dt, A, B, C) * 1.01
 
     with pytest.raises(ValueError, match=r"wrong has an error of 1\.0e-02"):
-        benchmark.measure("wrong", wrong, benchmark.inputs(**SMALL))
+        cpu.measure("wrong", wrong, cpu.inputs(**SMALL))
 
 
 def test_peak_memory_counts_what_is_held_together():
@@ -44,18 +44,18 @@ def test_peak_memory_counts_what_is_held_together():
         two, three = torch.empty(2, held, dtype=torch.uint8), torch.empty(held, dtype=torch.uint8)
         return two.numel() + three.numel()
 
-    assert abs(benchmark.peak_memory(run) - 3) < 0.01
+    assert abs(cpu.peak_memory(run) - 3) < 0.01
 
 
 def test_a_missing_peer_is_passed_over(small, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "mambapy.pscan", None)
     monkeypatch.setitem(sys.modules, "mambapy", None)
-    monkeypatch.delitem(benchmark.CANDIDATES, "torch, associative_scan")
-    benchmark.main(["--repeats", "1", "--out", str(tmp_path / "new" / "record.json")])
+    monkeypatch.delitem(cpu.CANDIDATES, "torch, associative_scan")
+    cpu.main(["--repeats", "1", "--out", str(tmp_path / "new" / "record.json")])
     printed = capsys.readouterr().out
     assert "mambapy, pscan: passed over, mambapy" in printed
     assert "mamba_tutorial, numba" in printed
     record = json.loads((tmp_path / "new" / "record.json").read_text())
-    assert [row["name"] for row in record["results"]] == list(benchmark.CANDIDATES)[:3]
+    assert [row["name"] for row in record["results"]] == list(cpu.CANDIDATES)[:3]
     assert record["environment"]["torch"] == str(torch.__version__)
     assert record["command"] == "python -m mamba_tutorial.benchmark"

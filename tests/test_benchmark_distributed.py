@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mamba_tutorial import benchmark_distributed
+from mamba_tutorial.benchmark import distributed as measured
 from mamba_tutorial.distributed import join_cost
 
 RECORD = Path(__file__).parents[1] / "book" / "results" / "gpu_distributed.json"
@@ -18,9 +18,9 @@ needs_processes = pytest.mark.skipif(
 
 
 @needs_processes
-@pytest.mark.parametrize("kind", benchmark_distributed.KINDS)
+@pytest.mark.parametrize("kind", measured.KINDS)
 def test_two_processes_are_compared_with_one_and_timed(kind):
-    row = benchmark_distributed.case(kind, 66, 8, ranks=2, device="cpu")
+    row = measured.case(kind, 66, 8, ranks=2, device="cpu")
     assert row["error"] < 1e-2
     assert 0 < row["communication_ms"] < row["both_ms"]
     assert row["communication_share"] == row["communication_ms"] / row["both_ms"]
@@ -33,25 +33,25 @@ def test_two_processes_are_compared_with_one_and_timed(kind):
 @needs_processes
 def test_an_error_in_a_process_is_the_reason():
     with pytest.raises(RuntimeError, match="ValueError: x has shape"):
-        benchmark_distributed.case("scan", 1, 8, ranks=2, device="cpu")
+        measured.case("scan", 1, 8, ranks=2, device="cpu")
 
 
 def test_with_fewer_than_two_gpus_the_reason_is_recorded():
     reason = "there are 1 GPUs, expected two at least"
-    assert list(benchmark_distributed.rows(1)) == [{"passed_over": reason}]
+    assert list(measured.rows(1)) == [{"passed_over": reason}]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure for minutes")
 def test_without_a_gpu_it_says_so(capsys):
     with pytest.raises(SystemExit):
-        benchmark_distributed.main([])
+        measured.main([])
     assert "PyTorch sees no GPU here" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not RECORD.exists(), reason="not measured yet: it needs two GPUs")
 def test_the_record_has_hardware_versions_and_command():
     record = json.loads(RECORD.read_text("utf-8"))
-    assert record["command"] == benchmark_distributed.COMMAND
+    assert record["command"] == measured.COMMAND
     assert {"gpu", "torch", "triton", "nvidia_smi"} <= set(record["environment"])
     assert record["results"]
     for row in record["results"]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mamba_tutorial import benchmark_gpu
+from mamba_tutorial.benchmark import gpu, measuring, recurrence, scans
 
 RESULTS = Path(__file__).parents[1] / "book" / "results"
 
@@ -21,10 +21,10 @@ def test_a_failure_is_recorded_with_its_reason_and_a_missing_library_by_its_name
     def lacks():
         importlib.import_module("no_such_library")
 
-    assert benchmark_gpu.attempt({"name": "a"}, lambda: {"ms": 1.0}) == {"name": "a", "ms": 1.0}
-    row = benchmark_gpu.attempt({"name": "a"}, fails)
+    assert measuring.attempt({"name": "a"}, lambda: {"ms": 1.0}) == {"name": "a", "ms": 1.0}
+    row = measuring.attempt({"name": "a"}, fails)
     assert row == {"name": "a", "passed_over": "ValueError: wrong, by 1.0e+00"}
-    row = benchmark_gpu.attempt({"name": "a"}, lacks)
+    row = measuring.attempt({"name": "a"}, lacks)
     assert row == {"name": "a", "passed_over": "no_such_library is not installed"}
 
 
@@ -37,42 +37,42 @@ def test_the_candidates_compute_the_same(starts):
     D, bias = torch.randn(2, 3, generator=generator).unbind(0)
     given = [x, dt, A, B, C, D, z, bias]
     upstream = torch.randn(2, 20, 3, generator=generator)
-    exact = benchmark_gpu.exact_scan(given, upstream, starts)
-    candidates = [benchmark_gpu.unfused_scan] if starts is None else []
+    exact = scans.exact_scan(given, upstream, starts)
+    candidates = [scans.unfused_scan] if starts is None else []
     if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
-        candidates.append(partial(benchmark_gpu.ours_scan, starts=starts))
+        candidates.append(partial(scans.ours_scan, starts=starts))
     for scan in candidates:
         leaves = [tensor.detach().requires_grad_() for tensor in given]
         y = scan(*leaves)
         found = y, *torch.autograd.grad(y, leaves, upstream)
         for value, right in zip(found, exact, strict=True):
-            assert benchmark_gpu.relative(value, right) < 1e-5
+            assert measuring.relative(value, right) < 1e-5
 
 
 def test_a_wrong_candidate_is_not_timed():
     a, b = torch.rand(2, 1, 10, 4).unbind(0)
-    exact = benchmark_gpu.ours_recurrence(a, b)
+    exact = recurrence.ours_recurrence(a, b)
     with pytest.raises(ValueError, match="wrong, by"):
-        benchmark_gpu._recurrence(lambda a, b: b, (a, b, b), 1, exact, slice(0, 4))
+        recurrence._recurrence(lambda a, b: b, (a, b, b), 1, exact, slice(0, 4))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure for minutes")
 def test_without_a_gpu_it_says_so(capsys):
     with pytest.raises(SystemExit):
-        benchmark_gpu.main([])
+        gpu.main([])
     assert "PyTorch sees no GPU here" in capsys.readouterr().err
 
 
 NEW = {"starts", "transformers"}  # sections that no GPU has measured yet
 
 
-@pytest.mark.parametrize("section", benchmark_gpu.SECTIONS)
+@pytest.mark.parametrize("section", gpu.SECTIONS)
 def test_every_section_has_a_record_with_hardware_versions_and_command(section):
     path = RESULTS / f"gpu_{section}.json"
     if section in NEW and not path.exists():
         pytest.skip("not measured yet: this section has not run on a GPU")
     record = json.loads(path.read_text("utf-8"))
-    assert record["command"] == f"{benchmark_gpu.COMMAND} --only {section}"
+    assert record["command"] == f"{gpu.COMMAND} --only {section}"
     assert {"gpu", "torch", "triton", "nvidia_smi"} <= set(record["environment"])
     assert record["results"]
     for row in record["results"]:

@@ -18,7 +18,7 @@ import scipy.special
 import torch
 import torch.nn.functional as F
 
-from mamba_tutorial import benchmark_gpu
+from mamba_tutorial.benchmark import measuring, scans
 from mamba_tutorial.generation import StepGraph
 from mamba_tutorial.kernels import cpu
 from mamba_tutorial.mamba import MambaConfig, MambaLM
@@ -295,15 +295,13 @@ def test_errors_are_not_above_those_of_the_official_kernel(shape):
 
     def official(x, dt, A, B, C, D, z, dt_bias):
         x, dt, B, C, z = (tensor.mT.contiguous() for tensor in (x, dt, B, C, z))
-        return benchmark_gpu.mamba_ssm_scan(x, dt, A, B, C, D, z, dt_bias).mT
+        return scans.mamba_ssm_scan(x, dt, A, B, C, D, z, dt_bias).mT
 
     exact = results(partial(selective_scan, dt_softplus=True, backend="sequential"), torch.float64)
     theirs = results(official)
     ours = results(partial(selective_scan, dt_softplus=True, backend="triton"))
     for name, reference in exact.items():
-        found, limit = (
-            benchmark_gpu.relative(result[name], reference) for result in (ours, theirs)
-        )
+        found, limit = (measuring.relative(result[name], reference) for result in (ours, theirs))
         assert found < max(1.2 * limit, 3e-7), name
 
 

@@ -216,7 +216,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         record = {"command": COMMAND, "shape": SHAPE, "environment": environment()}
         record["results"] = [asdict(result) for result in results]
         options.out.write_text(json.dumps(record, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -37,10 +37,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mamba_tutorial import distributed, selective
-from mamba_tutorial.benchmark_gpu import Row, attempt, hardware, relative, scan_inputs
+from mamba_tutorial.benchmark.measuring import Row, attempt, hardware, relative
+from mamba_tutorial.benchmark.scans import scan_inputs
 from mamba_tutorial.mamba import MambaBlock, MambaConfig
 
-COMMAND = "python -m mamba_tutorial.benchmark_distributed"
+COMMAND = "python -m mamba_tutorial.benchmark.distributed"
 LENGTHS = [1 << k for k in range(17, 22)]
 CHANNELS = 1024
 REPEATS = 10

@@ -1,0 +1,74 @@
+"""Measure the kernels on a GPU side by side with others: `make bench`.
+
+Each section measures one thing at several sizes, with every library that is installed, one after
+the other on the same inputs, and writes `gpu_<section>.json` with hardware, versions and command.
+A candidate is compared before it is timed: with float64 where that can be afforded, else with the
+first candidate. One that is wrong is not timed; one that is missing, or that fails, is recorded
+with the reason.
+
+Times are medians of CUDA events around the replay of a CUDA graph, so that starting kernels from
+Python does not count, with the second-level cache cleared before each. Where a library cannot be
+recorded in a graph it is called directly, and the row says so.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from mamba_tutorial.benchmark.attention import attention
+from mamba_tutorial.benchmark.learning import block, layers, training, transformers
+from mamba_tutorial.benchmark.measuring import hardware
+from mamba_tutorial.benchmark.recurrence import recurrence
+from mamba_tutorial.benchmark.scans import lessons, selective, starts, sweep
+from mamba_tutorial.benchmark.writing import contexts, decode, generation
+
+COMMAND = "python -m mamba_tutorial.benchmark.gpu"
+SECTIONS = {
+    section.__name__: section
+    for section in (
+        recurrence,
+        selective,
+        sweep,
+        starts,
+        lessons,
+        attention,
+        decode,
+        generation,
+        contexts,
+        training,
+        transformers,
+        layers,
+        block,
+    )
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure the sections, print a table of each, and write the records."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="these sections alone")
+    parser.add_argument("--out", type=Path, help="a folder for the records")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.exit(1, "PyTorch sees no GPU here\n")
+    for name in options.only or SECTIONS:
+        rows = []
+        for row in tqdm(SECTIONS[name](), desc=name, disable=None):
+            rows.append(row)
+            shown = " ".join(
+                f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items()
+            )
+            tqdm.write(f"{name}: {shown}")
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+            record = {"command": f"{COMMAND} --only {name}", "environment": hardware()}
+            text = json.dumps(record | {"results": rows}, indent=1)
+            (options.out / f"gpu_{name}.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
