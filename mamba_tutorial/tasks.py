@@ -55,6 +55,36 @@ def selective_copying(
     return _recall(batch, generator, data, noise, vocab, scattered=True)
 
 
+def reciting(batch: int, generator: torch.Generator, *, data: int, vocab: int = 16) -> Batch:
+    """Read a row of tokens, then say it again, each token after the one said before.
+
+        input    d₁ d₂ … d_m  1  d₁ d₂ … d_{m−1}  0 …
+        target   –  –  …  –   d₁ d₂ d₃ …   d_m    – …
+
+    m is drawn for each sequence, from half of `data` to all of it, so the distance to what is asked
+    for is not known beforehand; what was said last tells where to look. This is the copying of
+    Jelassi et al. (2024), whose rows have letters and many lengths as well.
+
+    Args:
+        batch: the number of sequences.
+        generator: the source of randomness; its device is that of the batch.
+        data: the tokens of the longest row; a sequence has twice as many.
+        vocab: the number of token ids; the first two are the filling and the signal to recite.
+
+    Raises:
+        TypeError, ValueError: a size is not a positive whole number, or vocab is below 4.
+    """
+    _check_given(generator, batch=(batch, 1), data=(data, 1), vocab=(vocab, 4))
+    tokens = 2 + _randint(vocab - 2, (batch, data), generator)
+    m = (data + 1) // 2 + _randint(data // 2 + 1, (batch, 1), generator)
+    place = torch.arange(2 * data, device=generator.device).expand(batch, -1)
+    read, said = place < m, (place - m).clamp(0, data - 1)
+    inputs = tokens.gather(1, torch.where(read, place, said - 1).clamp(0, data - 1))
+    inputs.masked_fill_(place == m, GO).masked_fill_(place >= 2 * m, NOISE)
+    targets = tokens.gather(1, said).masked_fill(read | (place >= 2 * m), IGNORE)
+    return inputs, targets
+
+
 def induction_heads(
     batch: int, generator: torch.Generator, *, length: int, vocab: int = 16
 ) -> Batch:

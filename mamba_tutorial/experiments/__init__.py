@@ -51,6 +51,7 @@ _OF_TASK = {
     "induction_heads": induction,
     "associative_recall": recall,
     "copying": recall,
+    "reciting": recall,
     "parity": parity,
     "text": language,
 }

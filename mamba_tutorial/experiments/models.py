@@ -5,6 +5,7 @@ sizes. "sizes" in an entry are the task's, and no concern of this module.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -126,9 +127,17 @@ def build(entry: dict, vocab: int | None, seed: int) -> nn.Module:
 
 
 def _mamba(
-    vocab: int, *, selective: list[str] | None = None, A: str = "-(n + 1)", **sizes
+    vocab: int,
+    *,
+    selective: list[str] | None = None,
+    A: str = "-(n + 1)",
+    attends: bool = False,
+    **sizes,
 ) -> MambaLM:
-    """Return a `MambaLM`, with the parts that are named selective, and this A at the start."""
+    """Return a `MambaLM`, with the parts that are named selective, and this A at the start.
+
+    One that `attends` starts like attention without a softmax, after Trockman et al. (2024).
+    """
     config = MambaConfig(vocab_size=vocab, **sizes)
     model = MambaLM(config)
     for layer in model.layers:
@@ -142,7 +151,22 @@ def _mamba(
                 A_log.fill_(0.5).log_()
             elif A == "random":
                 A_log.normal_()
+            if attends:
+                _attend(layer.mixer.ssm)
     return model
+
+
+def _attend(ssm: SelectiveSSM) -> None:
+    """Let y_t = Σ_s (C_t · B_s) x_s at the start, with C_t · B_s large where x_t is like x_s.
+
+    Nothing fades (A = −10⁻⁴), every token is written with Δ = 1, and C has B's weights. Trockman et
+    al. (2024) let the two be alike, not equal.
+    """
+    _, B, C = ssm.x_proj.weight.split(list(ssm.sizes.values()))
+    C.copy_(B)
+    ssm.A_log.fill_(1e-4).log_()
+    ssm.dt_proj.weight.zero_()
+    ssm.dt_bias.fill_(math.log(math.e - 1))  # whose softplus is 1
 
 
 def _transformer(vocab: int, **sizes) -> Transformer:

@@ -7,6 +7,9 @@ pairs in 1024 tokens.
 Copying is trained with one number of tokens for each model. "copying_fixed" is its control: layers
 that are linear and time-invariant, whose state has 4096 numbers a layer, when that of Mamba has 512
 (N = 4) or 8192 (N = 64).
+
+"reciting" is copying as in the literature: the distance is not fixed, and what was said last is
+read again.
 """
 
 import torch
@@ -16,6 +19,7 @@ from mamba_tutorial.training import accuracy
 
 _TESTS = [[4, 64], [8, 64], [16, 64], [16, 256], [32, 256], [64, 256], [128, 512], [256, 1024]]
 _RATES = [1e-3, 3e-3]
+_ROWS = [16, 64, 256]  # tokens to copy
 
 
 def _mamba(d_model: int, d_state: int) -> dict:
@@ -29,16 +33,16 @@ def _attention(d_model: int) -> dict:
 _COPIERS = {
     "Mamba, N = 4": _mamba(64, 4),
     "Mamba, N = 64": _mamba(64, 64),
+    "Mamba that attends": {**_mamba(64, 64), "attends": True},
     "attention": {**_attention(64), "n_head": 4},
     "S4D": {"layer": "S4D", "d_state": 64, "init": "lin", "layers": 2},
 }
 
 
-def _copying(copiers: list[str], numbers: list[int]) -> dict:
+def _copying(task: dict, copiers: list[str], numbers: list[int]) -> dict:
     """Return an experiment in which each of these models copies so many tokens."""
     return {
-        "task": "copying",
-        "noise": 1,
+        **task,
         "vocab": 34,
         "batch": 64,
         "steps": 5000,
@@ -88,8 +92,11 @@ EXPERIMENTS = {
             "attention, 64": _attention(64),
         },
     },
-    "copying": _copying(["Mamba, N = 4", "Mamba, N = 64", "attention"], [16, 64, 256]),
-    "copying_fixed": _copying(["S4D"], [16, 64, 256]),
+    "copying": _copying(
+        {"task": "copying", "noise": 1}, ["Mamba, N = 4", "Mamba, N = 64", "attention"], _ROWS
+    ),
+    "copying_fixed": _copying({"task": "copying", "noise": 1}, ["S4D"], _ROWS),
+    "reciting": _copying({"task": "reciting"}, list(_COPIERS), _ROWS),
 }
 
 
