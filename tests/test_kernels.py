@@ -634,12 +634,14 @@ tools = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin")
 backend, chip = sys.argv[1].split(":")
 chip = int(chip) if chip.isdigit() else chip
 target = GPUTarget(backend, chip, 64 if str(chip).startswith("gfx9") else 32)
+early = {"EARLY": backend == "cuda" and chip >= 90}
 without = {"D_ptr", "z_ptr", "bias_ptr", "h0_ptr", "ends_ptr", "spans_ptr", "starts_ptr"}
 
 
 def build(kernel, constants):
     warps = constants["num_warps"]
-    constants = {name: value for name, value in constants.items() if name != "num_warps"}
+    constants = constants | early
+    constants = {name: v for name, v in constants.items() if name in kernel.arg_names}
     signature = {
         name: "constexpr" if name in constants
         else "*bf16" if name in half
@@ -659,7 +661,10 @@ def build(kernel, constants):
     }
     make = GluonASTSource if kernel.is_gluon() else ASTSource
     source = make(kernel, signature=signature, constexprs=values, attrs=aligned)
-    return triton.compile(source, target=target, options={"num_warps": warps}).asm
+    asm = triton.compile(source, target=target, options={"num_warps": warps}).asm
+    for turn in ("launch_dependents", "wait"):
+        assert asm.get("ptx", "").count(f"griddepcontrol.{turn};") == constants.get("EARLY", 0)
+    return asm
 
 
 def tool(content, *command):
@@ -672,7 +677,6 @@ def tool(content, *command):
 
 
 block = {"WIDTH": 4, "BLOCK_T": 4, "BLOCK_C": 32, "num_warps": 1}
-early = {"EARLY": backend == "cuda" and chip >= 90}
 more = [
     (plain.around.prepare, {"ROWS": 128, "BLOCK_N": 16, "num_warps": 4}),
     (plain.around.add_up, {"BLOCK": 512, "num_warps": 4}),
@@ -680,8 +684,8 @@ more = [
     (conv._convolve, block),
     (conv._upstream, block | {"TOKENS": 8}),
     (conv._gather, block),
-    (decode._step, {"BLOCK_D": 128, "BLOCK_N": 16, "SOFTPLUS": True, "num_warps": 4} | early),
-    (decode._conv_step, {"WIDTH": 4, "BLOCK": 128, "num_warps": 1} | early),
+    (decode._step, {"BLOCK_D": 128, "BLOCK_N": 16, "SOFTPLUS": True, "num_warps": 4}),
+    (decode._conv_step, {"WIDTH": 4, "BLOCK": 128, "num_warps": 1}),
 ]
 if chip not in {80, 90}:  # whether there is a program at all
     every = [given for given in kernels.values() if not given[0].is_gluon()] + more
@@ -770,15 +774,16 @@ def test_triton_compiles_for_chips_that_are_not_here(chip):
     assert min(map(int, sizes)) > 500
 
 
+@needs_triton
 def test_amds_chips_are_not_taken_for_nvidias(monkeypatch):
-    from mamba_tutorial.kernels import _launch
+    from mamba_tutorial.kernels import _early, _launch
 
     class OnAGPU:
         is_cuda, device = True, "cuda:0"
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
     monkeypatch.setattr(torch.version, "hip", None)
-    assert _launch.early(OnAGPU)["EARLY"]
+    assert _early.early(OnAGPU)["EARLY"]
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert _launch.generation(OnAGPU) == (0, 0)
-    assert _launch.early(OnAGPU) == {"EARLY": False}
+    assert _early.early(OnAGPU) == {"EARLY": False}

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mamba_tutorial.kernels._early import early
 from mamba_tutorial.kernels._gluon import aligned
 from mamba_tutorial.kernels._launch import generation, multiprocessors, on
 from mamba_tutorial.kernels._triton import triton
@@ -79,8 +80,8 @@ def forward(
         return y, h_last.mT[:, :d_state].contiguous().mT, starts
     x, dt, z = (_rows(tensor, staged) for tensor in (x, dt, z))
     B, C = _rows(B, False), _rows(C, False)
-    D, dt_bias, h0 = (_float(tensor) for tensor in (D, dt_bias, h0))
-    A, B, C, begins = *_prepared(A, B, C), _marked(begins)
+    D, dt_bias, h0, begins = _float(D), _float(dt_bias), _transposed(_float(h0)), _marked(begins)
+    A, B, C = _prepared(A, B, C)  # the chain of kernels begins
     every = spacing(x, d_state, exact) if keep else None
     return _run(x, dt, A, B, C, D, z, dt_bias, h0, begins, dt_softplus, exact, every)
 
@@ -127,10 +128,11 @@ def backward(
     x, dt, z = (_rows(tensor, staged) for tensor in (x, dt, z))
     B, C = _rows(B, False), _rows(C, False)
     D, dt_bias = _float(D), _float(dt_bias)
-    A, B, C, begins = *_prepared(A, B, C), _marked(begins)
+    begins, dh_last = _marked(begins), _transposed(_float(dh_last))
     dy = torch.zeros_like(x) if dy is None else _rows(dy, staged)
+    A, B, C = _prepared(A, B, C)  # the chain of kernels begins
     run = _run_gluon_backward if staged else _run_backward
-    given = x, dt, A, B, C, D, z, dt_bias, begins, starts, dy, _transposed(_float(dh_last))
+    given = x, dt, A, B, C, D, z, dt_bias, begins, starts, dy, dh_last
     dx, ddt, dz, shared, own, dh0 = run(*given, dt_softplus, exact)
     shared, own = _sums(shared, own, dtype)
     return dx, ddt, x.new_empty(0) if z is None else dz, shared, own, dh0.mT
@@ -146,7 +148,7 @@ def _prepared(A, B, C):
     with on(A):
         around.prepare[grid](
             *(A, B, C, turned, *shared, batch * length, length, d_inner, d_state),
-            *_strides(B), *_strides(C), ROWS=ROWS, BLOCK_N=BLOCK_N, num_warps=4,
+            *_strides(B), *_strides(C), ROWS=ROWS, BLOCK_N=BLOCK_N, num_warps=4, **early(A),
         )  # fmt: skip
     return turned, *shared
 
@@ -162,7 +164,7 @@ def _sums(shared: Tensor, own: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     with on(shared):
         around.add_up[grid](
             *(shared, own, first, second, len(shared), len(own), first.numel(), second.numel()),
-            BLOCK=BLOCK, num_warps=4,
+            BLOCK=BLOCK, num_warps=4, **early(shared),
         )  # fmt: skip
     return first, second
 
@@ -179,7 +181,7 @@ def _run(x, dt, A, B, C, D, z, dt_bias, h0, begins, dt_softplus, exact, every):
     chunk = _chunk(x, batch * blocks, length, enough, resident)
     chunks = triton.cdiv(length, chunk)
     sizes = length, chunk, d_inner, d_state
-    config, h0 = _config(d_state, dt_softplus, exact), _transposed(h0)
+    config = _config(d_state, dt_softplus, exact)
     y, h_last = x.new_empty(x.shape), A.new_empty(batch, d_state, d_inner)
     starts = A.new_empty(batch, triton.cdiv(length, every), d_state, d_inner) if every else None
     ends = spans = None
@@ -189,7 +191,7 @@ def _run(x, dt, A, B, C, D, z, dt_bias, h0, begins, dt_softplus, exact, every):
             ends, spans = _run_ends(*given, sizes, config, reverse=False)
         begins = _words(begins) if in_gluon else begins
         given = x, dt, A, B, C, D, z, dt_bias, h0, begins, ends, spans, y, starts, h_last
-        how = {"HALVES": ends.shape[2] if chunks > 1 else 0, "EVERY": every or length}
+        how = {"HALVES": ends.shape[2] if chunks > 1 else 0, "EVERY": every or length, **early(x)}
         grid = (batch * chunks * blocks,)
         if in_gluon:
             forward_in_gluon.forward[grid](
@@ -218,7 +220,7 @@ def _run_ends(u, dt, A, V, z, dt_bias, begins, sizes, config, reverse):
     config = config | _config(min(d_state, STATES), config["SOFTPLUS"], config["EXACT"])
     whole = reverse and _whole(sizes, config)  # forwards it was slower, by measurement
     forward_in_triton.ends[batch * chunks * blocks, triton.cdiv(d_state, STATES)](
-        *given, *sizes, *strides, HALVES=halves, REVERSE=reverse, WHOLE=whole, **config
+        *given, *sizes, *strides, HALVES=halves, REVERSE=reverse, WHOLE=whole, **config, **early(u)
     )
     return ends, spans
 
@@ -243,7 +245,7 @@ def _run_backward(x, dt, A, B, C, D, z, dt_bias, begins, starts, dy, dh_last, dt
     config = _config(d_state, dt_softplus, exact) | {"BLOCK_D": BACKWARD_D}
     with on(x):
         backward_in_triton.backward[(batch * blocks,)](
-            *given, *results, length, d_inner, d_state, *strides, **config
+            *given, *results, length, d_inner, d_state, *strides, **config, **early(x)
         )
     return results
 
@@ -273,7 +275,7 @@ def _run_gluon_backward(
         backward_in_gluon.backward[(batch * chunks * groups,)](
             *given, *results, length, chunk, d_inner, *strides,
             HALVES=ends.shape[2] if chunks > 1 else 0, SOFTPLUS=dt_softplus,
-            WHOLE=d_inner % channels == 0, **constants,
+            WHOLE=d_inner % channels == 0, **constants, **early(x),
         )  # fmt: skip
     return results
 

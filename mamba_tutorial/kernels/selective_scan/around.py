@@ -1,5 +1,6 @@
 """What the selective scan needs before and after: copies, and sums of parts, one kernel each."""
 
+from mamba_tutorial.kernels._early import take_turn
 from mamba_tutorial.kernels._triton import tl, triton
 
 
@@ -7,8 +8,10 @@ from mamba_tutorial.kernels._triton import tl, triton
 def prepare(
     A_ptr, B_ptr, C_ptr, turned_ptr, b_ptr, c_ptr, rows, length, d_inner, d_state,
     B_batch, B_row, C_batch, C_row, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """B and C in float32, without gaps, and after them A turned."""
+    take_turn(EARLY)
     n, blocks = tl.arange(0, BLOCK_N)[None, :], tl.cdiv(rows, ROWS)
     program = tl.program_id(0)
     if program < blocks:
@@ -29,9 +32,10 @@ def prepare(
 @triton.jit
 def add_up(
     shared_ptr, own_ptr, first_ptr, second_ptr, shared_parts, own_parts, first_size, second_size,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Two sums of parts, each in the order of the parts."""
+    take_turn(EARLY)
     blocks = tl.cdiv(first_size, BLOCK)
     if tl.program_id(0) < blocks:
         _add(shared_ptr, first_ptr, tl.program_id(0), shared_parts, first_size, BLOCK)

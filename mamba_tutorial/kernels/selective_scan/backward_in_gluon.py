@@ -40,6 +40,7 @@ from mamba_tutorial.kernels._gluon import (
     sigmoid,
     softplus,
     stack,
+    take_turn,
 )
 from mamba_tutorial.kernels._triton import async_copy, gl, gluon
 
@@ -124,7 +125,7 @@ def backward(
     x_batch, x_row, dt_batch, dt_row, z_batch, z_row, begins_batch, dy_batch, dy_row,
     HALVES: gl.constexpr, SOFTPLUS: gl.constexpr, WHOLE: gl.constexpr, N: gl.constexpr,
     S: gl.constexpr, L: gl.constexpr, TILE: gl.constexpr, SECTION: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """A: (d_state, d_inner); starts: (batch, sections, d_state, d_inner), as all states here.
 
@@ -133,6 +134,7 @@ def backward(
     are in pieces of 16 bytes: so the compiler knows that rows begin at such. begins: as in
     `forward_in_gluon.forward`. WHOLE: d_inner is a multiple of W.
     """
+    take_turn(EARLY)
     X: gl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     DT: gl.constexpr = 128 // dt_ptr.dtype.element_ty.primitive_bitwidth
     DY: gl.constexpr = 128 // dy_ptr.dtype.element_ty.primitive_bitwidth

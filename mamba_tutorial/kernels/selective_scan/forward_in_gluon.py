@@ -26,6 +26,7 @@ from mamba_tutorial.kernels._gluon import (
     sigmoid,
     softplus,
     stack,
+    take_turn,
 )
 from mamba_tutorial.kernels._triton import async_copy, gl, gluon
 
@@ -43,13 +44,14 @@ def forward(
     spans_ptr, y_ptr, starts_ptr, last_ptr,
     length, chunk, d_inner, x_batch, x_row, dt_batch, dt_row, z_batch, z_row, begins_batch,
     HALVES: gl.constexpr, EVERY: gl.constexpr, SOFTPLUS: gl.constexpr, WHOLE: gl.constexpr,
-    N: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
+    N: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """As `forward_in_triton.forward`; B and C without gaps; WHOLE: d_inner is a multiple of W.
 
     Strides of x, dt and z are in pieces of 16 bytes: so the compiler knows that rows begin at such.
     begins: in words of eight bytes, a byte for each token, up to a whole section.
     """
+    take_turn(EARLY)
     X: gl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     DT: gl.constexpr = 128 // dt_ptr.dtype.element_ty.primitive_bitwidth
     W: gl.constexpr = 32

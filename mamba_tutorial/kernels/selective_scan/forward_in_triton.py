@@ -15,6 +15,7 @@ five that each of the 16 states takes, and 16 of those are exponentials, for whi
 fewest units.
 """
 
+from mamba_tutorial.kernels._early import take_turn
 from mamba_tutorial.kernels._gates import LOG2E, NEVER, carry, sigmoid, softplus
 from mamba_tutorial.kernels._triton import tl, triton
 
@@ -78,12 +79,13 @@ def forward(
     spans_ptr, y_ptr, starts_ptr, last_ptr,
     length, chunk, d_inner, d_state, x_batch, x_row, dt_batch, dt_row, z_batch, z_row, begins_batch,
     HALVES: tl.constexpr, EVERY: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_D: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A: (d_state, d_inner); h0, ends, starts, last: (batch, …, d_state, d_inner), float32.
 
     begins: a byte for each token, not 0 where a new sequence begins.
     """
+    take_turn(EARLY)
     chunks = tl.cdiv(length, chunk)
     block, part, batch = place(d_inner, chunks, BLOCK_D)
     t, n = tl.arange(0, TILE)[:, None], tl.arange(0, BLOCK_N)
@@ -159,7 +161,8 @@ def ends(
     u_ptr, dt_ptr, A_ptr, V_ptr, z_ptr, bias_ptr, begins_ptr, ends_ptr, spans_ptr, share,
     length, chunk, d_inner, d_state, u_batch, u_row, dt_batch, dt_row, z_batch, z_row, begins_batch,
     HALVES: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, WHOLE: tl.constexpr, REVERSE: tl.constexpr,
+    SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr,
+    WHOLE: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """What chunks give to the next, from nothing, and their lengths ΣΔ.
 
@@ -173,6 +176,7 @@ def ends(
     the others two. So, where it pays, as many programs share the work evenly, `share` tokens each:
     a program does the tail of one chunk and the head of the next.
     """
+    take_turn(EARLY)
     chunks = tl.cdiv(length, chunk)
     block, part, batch = place(d_inner, chunks, BLOCK_D)
     t, n = tl.arange(0, TILE)[:, None], tl.arange(0, BLOCK_N)
