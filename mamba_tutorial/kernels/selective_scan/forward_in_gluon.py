@@ -39,6 +39,25 @@ def config(d_state: int) -> dict:
 
 
 @gluon.jit
+def join(h, A2, ends_ptr, spans_ptr, first, count, size, at, square, d_inner, d, known,
+         CUT: gl.constexpr):  # fmt: skip
+    """Carry a state through `count` chunks or parts of chunks, which `ends` has gone through.
+
+    Not the arithmetic takes long but the way to memory and back. So eight are fetched at once.
+    """
+    AT_ONCE: gl.constexpr = 8
+    for start in range(0, count, AT_ONCE):
+        spans, ends = (), ()
+        for i in gl.static_range(AT_ONCE):
+            there, record = start + i < count, first + start + i
+            spans = spans + (gl.load(spans_ptr + record * d_inner + d, known & there, 0.0),)
+            ends = ends + (gl.load(ends_ptr + record * size + at, square & there, 0.0),)
+        for i in gl.static_range(AT_ONCE):
+            h = carry(h, spans[i], A2, CUT) + ends[i]
+    return h
+
+
+@gluon.jit
 def forward(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, h0_ptr, begins_ptr, ends_ptr,
     spans_ptr, y_ptr, starts_ptr, last_ptr,
@@ -80,25 +99,9 @@ def forward(
     at, size = n * d_inner + d, N * d_inner
     known = below(d, d_inner, WHOLE)
     real = known & (n >= 0)
-    A2 = gl.load(A_ptr + at, real, 0.0) * LOG2E
-    h = gl.zeros([P, S, W], gl.float32, STATE)
-    if h0_ptr is not None:
-        h = gl.load(h0_ptr + batch * size + at, real, 0.0)
-    if ends_ptr is not None:
-        for earlier in range(part):
-            for half in gl.static_range(HALVES):
-                record = HALVES * (batch * (chunks - 1) + earlier) + half
-                span = gl.load(spans_ptr + record * d_inner + d, known, 0.0)
-                h = carry(h, span, A2, begins_ptr is not None)
-                h += gl.load(ends_ptr + record * size + at, real, 0.0)
     row = gl.arange(0, TILE, layout=gl.SliceLayout(1, PAIR))[:, None]
     col = group * W + gl.arange(0, W, layout=gl.SliceLayout(0, PAIR))[None, :]
     there = below(col, d_inner, WHOLE)
-    skip, bias = gl.zeros([1, W], gl.float32, PAIR), gl.zeros([1, W], gl.float32, PAIR)
-    if D_ptr is not None:
-        skip = gl.load(D_ptr + col, there, 0.0)
-    if bias_ptr is not None:
-        bias = gl.load(bias_ptr + col, there, 0.0)
 
     xs = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [STAGES, TILE, W], PLAIN)
     dts = gl.allocate_shared_memory(dt_ptr.dtype.element_ty, [STAGES, TILE, W], PLAIN)
@@ -136,6 +139,23 @@ def forward(
         starts_ptr += (batch * gl.cdiv(length, EVERY) + first // EVERY) * size
     for i in gl.static_range(STAGES - 1):
         order(buffers, ptrs, strides, columns, gl.to_tensor(i * TILE), tokens, i, COUNT)
+
+    # while the first tiles are on their way: the state before the chunk
+    A2 = gl.load(A_ptr + at, real, 0.0) * LOG2E
+    h = gl.zeros([P, S, W], gl.float32, STATE)
+    skip, bias = gl.zeros([1, W], gl.float32, PAIR), gl.zeros([1, W], gl.float32, PAIR)
+    if D_ptr is not None:
+        skip = gl.load(D_ptr + col, there, 0.0)
+    if bias_ptr is not None:
+        bias = gl.load(bias_ptr + col, there, 0.0)
+    if h0_ptr is not None:
+        h = gl.load(h0_ptr + batch * size + at, real, 0.0)
+    if ends_ptr is not None:
+        record = HALVES * batch * (chunks - 1)
+        h = join(
+            h, A2, ends_ptr, spans_ptr, record, HALVES * part, size, at, real, d_inner, d, known,
+            begins_ptr is not None,
+        )  # fmt: skip
     slot = 0
     for start in range(0, tokens, TILE):
         async_copy.wait_group(STAGES - 2)
