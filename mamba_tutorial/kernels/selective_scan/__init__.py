@@ -47,7 +47,7 @@ LANES = 32
 BACKWARD_D = 8  # channels of a program of `backward`
 RESIDENT = 8  # programs of `forward` for each multiprocessor, where the length is cut
 SECTION = backward_in_gluon.SECTION  # tokens; a chunk has some of them
-STATES = 16  # of a program of `ends`, at most
+STATES = 16  # of a program of `ends` in Triton, at most
 
 
 def forward(
@@ -215,13 +215,22 @@ def _run_ends(u, dt, A, V, z, dt_bias, begins, sizes, config, reverse):
     halves, share = _share(chunks, chunk)
     ends = A.new_empty(batch, chunks - 1, halves, d_state, d_inner)
     spans = A.new_empty(batch, chunks - 1, halves, d_inner)
-    given = u, dt, A, V, z, dt_bias, begins, ends, spans, share
-    strides = *_strides(u), *_strides(dt), *_strides(z), _strides(begins)[0]
-    config = config | _config(min(d_state, STATES), config["SOFTPLUS"], config["EXACT"])
-    whole = reverse and _whole(sizes, config)  # forwards it was slower, by measurement
-    forward_in_triton.ends[batch * chunks * blocks, triton.cdiv(d_state, STATES)](
-        *given, *sizes, *strides, HALVES=halves, REVERSE=reverse, WHOLE=whole, **config, **early(u)
-    )
+    given = ends, spans, share, length, chunk, d_inner
+    how = {"HALVES": halves, **early(u)}
+    programs = batch * chunks * blocks
+    if _takes(u, d_state, config["EXACT"]):
+        constants, begins = forward_in_gluon.ends_config(d_state), _words(begins)
+        forward_in_gluon.ends[programs, d_state // constants["N"]](
+            u, dt, A, V, z, dt_bias, begins, *given,
+            *_pieces(u), *_pieces(dt), *_pieces(z), _strides(begins)[0], REVERSE=reverse,
+            SOFTPLUS=config["SOFTPLUS"], WHOLE=d_inner % LANES == 0, **how, **constants,
+        )  # fmt: skip
+    else:  # no backward pass in Triton is cut into chunks
+        config = config | _config(min(d_state, STATES), config["SOFTPLUS"], config["EXACT"])
+        forward_in_triton.ends[programs, triton.cdiv(d_state, STATES)](
+            u, dt, A, V, dt_bias, begins, *given, d_state,
+            *_strides(u), *_strides(dt), _strides(begins)[0], **how, **config,
+        )  # fmt: skip
     return ends, spans
 
 
@@ -316,13 +325,6 @@ def _takes(x: Tensor, d_state: int, exact: bool) -> bool:
     return d_state <= 128 and not exact and generation(x) >= (8, 0)
 
 
-def _whole(sizes: tuple[int, int, int, int], config: dict) -> bool:
-    """Say whether every tile is full, so that nothing has to be masked."""
-    length, _, d_inner, d_state = sizes
-    over = length % config["TILE"], d_inner % config["BLOCK_D"], d_state % config["BLOCK_N"]
-    return not any(over)
-
-
 def _chunk(x: Tensor, rows: int, length: int, enough: float, resident: int) -> int:
     """Return the tokens of a program, of which there is one for each row and chunk.
 
@@ -338,8 +340,8 @@ def _chunk(x: Tensor, rows: int, length: int, enough: float, resident: int) -> i
 def chunk_length(rows: int, length: int, parts: int, schedulers: int) -> int:
     """Return the tokens of a chunk: as few sections as make `parts`, or up to three more.
 
-    Programs of one warp, as those of `ends`, are done at once where there are no more of them than
-    schedulers; else the last ones wait for a second turn. The soonest done is taken.
+    Programs of `ends` are done at once where there are no more of them than schedulers, four to a
+    multiprocessor; else the last ones wait for a second turn. The soonest done is taken.
     """
     least = triton.cdiv(triton.cdiv(length, parts), SECTION)
 
