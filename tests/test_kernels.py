@@ -738,7 +738,7 @@ def tool(content, *command):
 
 block = {"WIDTH": 4, "BLOCK_T": 4, "BLOCK_C": 32, "num_warps": 1}
 more = [
-    (plain.around.prepare, {"ROWS": 128, "BLOCK_N": 16, "num_warps": 4}),
+    (plain.around.prepare, {"ROWS": 128, "BLOCK_N": 16, "ZEROS": 4096, "num_warps": 4}),
     (plain.around.add_up, {"BLOCK": 512, "num_warps": 4}),
     (scan.in_triton.scan, tile | {"STAGES": 3, "REVERSE": True, "num_warps": 2}),
     (conv._convolve, block),
@@ -790,7 +790,7 @@ SPILLS = {  # bytes
     "plain": 1024,
     "gluon forward": 0,
     "gluon ends": 0,
-    "few states ends": 0,
+    "few states ends": 32,
     "gluon backward": 128,
     "few states": 64,
     "many states": 64,
@@ -811,12 +811,13 @@ def test_triton_compiles_for_two_generations_of_gpus_and_hardly_spills(chip):
         [sys.executable, "-c", COMPILE, f"cuda:{chip}"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    found = re.findall(
-        r"^kernel ([\w ]+?)  *ptxas.*?(\d+) bytes spill stores", result.stdout, re.M | re.S
-    )
-    assert [name for name, _ in found] == list(SPILLS)
-    for name, spilled in found:
+    numbers = r"^kernel ([\w ]+?)  *ptxas.*?(\d+) bytes spill stores.*?Used (\d+) registers"
+    found = re.findall(numbers, result.stdout, re.M | re.S)
+    assert [name for name, *_ in found] == list(SPILLS)
+    for name, spilled, registers in found:
         assert int(spilled) <= SPILLS[name], name
+        # eight programs of two warps, or four of four, have room on a multiprocessor
+        assert name not in {"gluon forward", "gluon ends"} or int(registers) <= 128
     assert "Used 255 registers" in result.stdout  # the backward pass in Gluon
     count = float(re.search(r"instructions per token: (\S+)", result.stdout)[1])
     assert 5 * 16 < count < 140

@@ -81,9 +81,10 @@ def join(h, A2, ends_ptr, spans_ptr, first, count, size, at, square, d_inner, d,
          CUT: gl.constexpr):  # fmt: skip
     """Carry a state through `count` chunks or parts of chunks, which `ends` has gone through.
 
-    Not the arithmetic takes long but the way to memory and back. So eight are fetched at once.
+    Not the arithmetic takes long but the way to memory and back. So four are fetched at once; more
+    would take registers from the programs that run side by side.
     """
-    AT_ONCE: gl.constexpr = 8
+    AT_ONCE: gl.constexpr = 4
     for start in range(0, count, AT_ONCE):
         spans, ends = (), ()
         for i in gl.static_range(AT_ONCE):
