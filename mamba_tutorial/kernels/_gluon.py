@@ -10,7 +10,7 @@ from types import FunctionType
 
 from torch import Tensor
 
-from mamba_tutorial.kernels import _early, _gates
+from mamba_tutorial.kernels import _gates
 from mamba_tutorial.kernels._gates import NEVER
 from mamba_tutorial.kernels._launch import generation
 from mamba_tutorial.kernels._triton import async_copy, gl, gluon, triton
@@ -31,7 +31,6 @@ def in_gluon(*functions: triton.JITFunction) -> list[triton.JITFunction]:
 
 
 softplus, sigmoid, carry = in_gluon(_gates.softplus, _gates.sigmoid, _gates.carry)
-(take_turn,) = in_gluon(_early.take_turn)
 
 
 def runs_on(*tensors: Tensor | None) -> bool:

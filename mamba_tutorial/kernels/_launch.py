@@ -21,6 +21,16 @@ def generation(tensor: Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(tensor.device)
 
 
+def early(tensor: Tensor) -> dict[str, bool]:
+    """Return the options of a kernel that may be started before the kernel before it has ended.
+
+    From Hopper on a GPU can do so. Then the kernel, whose constant EARLY this sets, has to wait
+    before it touches memory.
+    """
+    can = generation(tensor) >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if can else {"EARLY": False}
+
+
 def multiprocessors(tensor: Tensor) -> int:
     """Return how many multiprocessors the tensor's GPU has; 1 in the interpreter."""
     if not tensor.is_cuda:

@@ -9,17 +9,16 @@ A program takes a block of channels of a sequence, [BLOCK_D, BLOCK_N]. Triton gi
 neighbouring states, which it moves as one access of 16 bytes; the sum over the states is then an
 exchange among the four threads of a channel.
 
-At small batches most of the time goes into starting a kernel and into its last programs. So each is
-started while the one before it still runs, where the GPU can do so (`_early`).
+At small batches most of the time goes into starting a kernel and into its last programs. A Hopper
+GPU can start a kernel while the one before it ends, if the kernel waits for that end by itself.
 """
 
 import torch
 from torch import Tensor
 
-from mamba_tutorial.kernels._early import early, take_turn
 from mamba_tutorial.kernels._gates import LOG2E, sigmoid, softplus
-from mamba_tutorial.kernels._launch import on
-from mamba_tutorial.kernels._triton import tl, triton
+from mamba_tutorial.kernels._launch import early, on
+from mamba_tutorial.kernels._triton import gdc_launch_dependents, gdc_wait, tl, triton
 
 BLOCK_D = 128
 
@@ -84,7 +83,9 @@ def _step(
     d_inner, d_state, x_row, dt_row, B_row, C_row, z_row,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SOFTPLUS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    take_turn(EARLY)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     batch = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
@@ -117,7 +118,9 @@ def _conv_step(
     x_ptr, state_ptr, weight_ptr, bias_ptr, y_ptr, after_ptr, channels, x_row,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    take_turn(EARLY)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     batch = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = c < channels

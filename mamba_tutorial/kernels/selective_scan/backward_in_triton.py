@@ -6,7 +6,6 @@ channels, for B and C, are written per program and added up afterwards, so that 
 same bits.
 """
 
-from mamba_tutorial.kernels._early import take_turn
 from mamba_tutorial.kernels._gates import LOG2E, sigmoid
 from mamba_tutorial.kernels._triton import tl, triton
 from mamba_tutorial.kernels.selective_scan.forward_in_triton import (
@@ -35,10 +34,9 @@ def backward(
     dlast_ptr, dx_ptr, ddt_ptr, dz_ptr, shared_ptr, own_ptr, dh0_ptr, length, d_inner, d_state,
     x_batch, x_row, dt_batch, dt_row, z_batch, z_row, begins_batch, dy_batch, dy_row,
     TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr,
+    SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """The gradients, from the last tile to the first; A, states and begins as in `forward`."""
-    take_turn(EARLY)
     blocks = tl.cdiv(d_inner, BLOCK_D)
     block, batch = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     t, n = tl.arange(0, TILE)[:, None], tl.arange(0, BLOCK_N)
