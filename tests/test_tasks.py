@@ -12,6 +12,7 @@ from mamba_tutorial.tasks import (
     induction_heads,
     next_token,
     parity,
+    reciting,
     selective_copying,
 )
 
@@ -29,6 +30,19 @@ def test_copying_asks_for_the_data_in_order(task):
     for row, wanted in zip(inputs[:, :-5], targets[:, -5:], strict=True):
         assert torch.equal(row[row != NOISE], wanted)
         assert ((wanted >= 2) & (wanted < 9)).all()
+
+
+def test_reciting_reads_again_what_was_said():
+    inputs, targets = reciting(200, seeded(), data=6, vocab=9)
+    assert inputs.shape == targets.shape == (200, 12)
+    lengths = (targets != IGNORE).sum(1)
+    assert set(lengths.tolist()) == {3, 4, 5, 6}
+    for row, wanted, m in zip(inputs.tolist(), targets.tolist(), lengths.tolist(), strict=True):
+        read = row[:m]
+        assert min(read) > GO
+        assert row[m] == GO
+        assert row[m + 1 :] == read[:-1] + [NOISE] * (12 - 2 * m)
+        assert wanted == [IGNORE] * m + read + [IGNORE] * (12 - 2 * m)
 
 
 def test_places_are_fixed_for_copying_and_free_for_selective_copying():
@@ -90,6 +104,7 @@ def test_parity_counts_the_ones():
     "make",
     [
         lambda g: copying(4, g, data=3, noise=5),
+        lambda g: reciting(4, g, data=3),
         lambda g: selective_copying(4, g, data=3, noise=5),
         lambda g: induction_heads(4, g, length=9),
         lambda g: associative_recall(4, g, length=9, pairs=2, vocab=20),

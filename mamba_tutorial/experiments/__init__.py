@@ -41,7 +41,16 @@ from mamba_tutorial.experiments import (
 from mamba_tutorial.experiments.models import random_eigenvalues
 from mamba_tutorial.training import accuracy, environment, train
 
-__all__ = ["EXPERIMENTS", "build", "complete", "final_scores", "quick", "random_eigenvalues", "run"]
+__all__ = [
+    "EXPERIMENTS",
+    "best_runs",
+    "build",
+    "complete",
+    "final_scores",
+    "quick",
+    "random_eigenvalues",
+    "run",
+]
 
 _ROOMS = wall, digits, gates, induction, recall, parity, language
 EXPERIMENTS = {name: made for room in _ROOMS for name, made in room.EXPERIMENTS.items()}
@@ -246,16 +255,31 @@ def _kept(configuration: dict, path: Path, which: tuple[str, float, int]) -> dic
     return result
 
 
-def final_scores(record: dict) -> dict[str, list[float]]:
-    """Return of each model the last scores, seed by seed, at the learning rate best on average."""
+def best_runs(record: dict) -> dict[str, list[dict]]:
+    """Return the runs of each model, seed by seed, at the learning rate best on average.
+
+    A model of which there are none yet is left out.
+    """
     best = {}
     for name in record["configuration"]["models"]:
         by_rate = {}
         for one in sorted(record["runs"], key=lambda one: one["seed"]):
             if one["model"] == name:
-                by_rate.setdefault(one["lr"], []).append(one["scores"][-1][1])
-        best[name] = max(by_rate.values(), key=lambda scores: sum(scores) / len(scores))
+                by_rate.setdefault(one["lr"], []).append(one)
+        if by_rate:
+            best[name] = max(by_rate.values(), key=_mean_score)
     return best
+
+
+def _mean_score(runs: list[dict]) -> float:
+    return sum(one["scores"][-1][1] for one in runs) / len(runs)
+
+
+def final_scores(record: dict) -> dict[str, list[float]]:
+    """Return the last score of each of `best_runs`."""
+    return {
+        name: [one["scores"][-1][1] for one in runs] for name, runs in best_runs(record).items()
+    }
 
 
 def table(record: dict) -> str:

@@ -131,12 +131,17 @@ def _mamba(
     *,
     selective: list[str] | None = None,
     A: str = "-(n + 1)",
-    attends: bool = False,
+    start: tuple[str, ...] = (),
     **sizes,
 ) -> MambaLM:
     """Return a `MambaLM`, with the parts that are named selective, and this A at the start.
 
-    One that `attends` starts like attention without a softmax, after Trockman et al. (2024).
+    "slow" and "alike" in `start`, both together, make it begin like attention without a softmax,
+    after Trockman et al. (2024): y_t = Σ_s (C_t · B_s) x_s, with C_t · B_s large where the tokens t
+    and s are alike.
+
+        slow     nothing fades, A = −10⁻⁴, and every token is written with Δ = 1
+        alike    C has B's weights; in the paper the two are alike, not equal
     """
     config = MambaConfig(vocab_size=vocab, **sizes)
     model = MambaLM(config)
@@ -145,28 +150,20 @@ def _mamba(
             layer.mixer.ssm = SelectiveSSM(
                 config.d_inner, config.d_state, config.rank, selective=selective
             )
-        A_log = layer.mixer.ssm.A_log
+        ssm = layer.mixer.ssm
         with torch.no_grad():
             if A == "-1/2":
-                A_log.fill_(0.5).log_()
+                ssm.A_log.fill_(0.5).log_()
             elif A == "random":
-                A_log.normal_()
-            if attends:
-                _attend(layer.mixer.ssm)
+                ssm.A_log.normal_()
+            if "slow" in start:
+                ssm.A_log.fill_(1e-4).log_()
+                ssm.dt_proj.weight.zero_()
+                ssm.dt_bias.fill_(math.log(math.e - 1))  # whose softplus is 1
+            if "alike" in start:
+                _, B, C = ssm.x_proj.weight.split(list(ssm.sizes.values()))
+                C.copy_(B)
     return model
-
-
-def _attend(ssm: SelectiveSSM) -> None:
-    """Let y_t = Σ_s (C_t · B_s) x_s at the start, with C_t · B_s large where x_t is like x_s.
-
-    Nothing fades (A = −10⁻⁴), every token is written with Δ = 1, and C has B's weights. Trockman et
-    al. (2024) let the two be alike, not equal.
-    """
-    _, B, C = ssm.x_proj.weight.split(list(ssm.sizes.values()))
-    C.copy_(B)
-    ssm.A_log.fill_(1e-4).log_()
-    ssm.dt_proj.weight.zero_()
-    ssm.dt_bias.fill_(math.log(math.e - 1))  # whose softplus is 1
 
 
 def _transformer(vocab: int, **sizes) -> Transformer:

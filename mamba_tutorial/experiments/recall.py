@@ -9,7 +9,8 @@ that are linear and time-invariant, whose state has 4096 numbers a layer, when t
 (N = 4) or 8192 (N = 64).
 
 "reciting" is copying as in the literature: the distance is not fixed, and what was said last is
-read again.
+read again. "reciting_starts" takes apart what a start like attention's changes; it is small enough
+for a CPU.
 """
 
 import torch
@@ -33,7 +34,7 @@ def _attention(d_model: int) -> dict:
 _COPIERS = {
     "Mamba, N = 4": _mamba(64, 4),
     "Mamba, N = 64": _mamba(64, 64),
-    "Mamba that attends": {**_mamba(64, 64), "attends": True},
+    "Mamba that attends": {**_mamba(64, 64), "start": ["slow", "alike"]},
     "attention": {**_attention(64), "n_head": 4},
     "S4D": {"layer": "S4D", "d_state": 64, "init": "lin", "layers": 2},
 }
@@ -97,6 +98,27 @@ EXPERIMENTS = {
     ),
     "copying_fixed": _copying({"task": "copying", "noise": 1}, ["S4D"], _ROWS),
     "reciting": _copying({"task": "reciting"}, list(_COPIERS), _ROWS),
+    "reciting_starts": {
+        "task": "reciting",
+        "data": 16,
+        "vocab": 34,
+        "batch": 32,
+        "steps": 1000,
+        "stop_at": 0.9999,
+        "tested": 512,
+        "learning_rates": [3e-3],
+        "seeds": [0, 1, 2],
+        "quick": {"data": 8, "vocab": 10, "steps": 160, "batch": 32, "tested": 128},
+        "models": {
+            name: {**_mamba(64, 32), "start": start}
+            for name, start in {
+                "as usual": [],
+                "alike": ["alike"],
+                "slow": ["slow"],
+                "slow and alike": ["slow", "alike"],
+            }.items()
+        },
+    },
 }
 
 
