@@ -23,6 +23,10 @@ from mamba_tutorial.scan import combine
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch without torch.distributed")
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
+# Where it can be, processes come from one that has imported everything already.
+START = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
+if START == "forkserver":
+    mp.set_forkserver_preload([__name__])
 
 
 def meet(rank, task, ranks, meeting, *given):
@@ -44,7 +48,8 @@ def meet(rank, task, ranks, meeting, *given):
 
 def run(tmp_path, task, ranks, *given):
     """Run the task in as many processes; the first error of one of them is raised here."""
-    mp.spawn(meet, (task, ranks, str(tmp_path / "meeting"), *given), nprocs=ranks)
+    given = task, ranks, str(tmp_path / "meeting"), *given
+    mp.start_processes(meet, given, nprocs=ranks, start_method=START)
 
 
 def piece_of(rank, lengths):
