@@ -239,6 +239,19 @@ def test_solutions_open_and_are_named(site, contexts):
     page.close()
 
 
+def test_formulas_of_opened_solutions_fit_a_phone(site, contexts):
+    page = open_page(contexts("phone"), (site / "book/04_hippo.html").as_uri())
+    formulas = page.locator(".solution span.math")
+    assert formulas.count() > 20
+    assert not formulas.first.is_visible()
+    for button in page.locator(".solution .toggle-button").all():
+        button.click()
+    assert formulas.first.is_visible()
+    assert page.evaluate(CUT) == []
+    assert page.evaluate(BROKEN) == []
+    page.close()
+
+
 def test_the_drawing_of_the_front_page_moves_until_told(site, contexts):
     where = "e => getComputedStyle(e).transform"
     for mode, moves in (("dark", True), ("light", False)):  # the latter asks for less motion

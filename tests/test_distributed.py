@@ -1,5 +1,6 @@
 """Pieces of one sequence on several processes, against the whole on one, in float64."""
 
+import sys
 import time
 from datetime import timedelta
 
@@ -23,8 +24,8 @@ from mamba_tutorial.scan import combine
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch without torch.distributed")
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
-# Where it can be, processes come from one that has imported everything already.
-START = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
+# On Linux processes come from one that has imported everything; elsewhere forks are unsafe.
+START = "forkserver" if sys.platform == "linux" else "spawn"
 if START == "forkserver":
     mp.set_forkserver_preload([__name__])
 

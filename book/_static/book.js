@@ -38,7 +38,8 @@
   const breakFormulas = () => {
     let left = all(".bd-article span.math").flatMap((formula) => {
       const box = formula.closest("p, li, dd, figcaption, h1, h2, h3, h4");
-      return box && !formula.closest("table") ? [[formula, box.getBoundingClientRect()]] : [];
+      const shown = box?.offsetParent && !formula.closest("table");
+      return shown ? [[formula, box.getBoundingClientRect()]] : [];
     });
     for (const way of ways) {
       for (const [formula] of left) {
