@@ -261,6 +261,8 @@ def test_the_drawing_of_the_front_page_moves_until_told(site, contexts):
         for hold in (False, True):
             if hold and moves:
                 page.get_by_label("hold still").check()
+                running = "document.getAnimations().some((a) => a.playState === 'running')"
+                page.wait_for_function(f"!{running}")
             before = token.evaluate(where)
             page.wait_for_timeout(300)
             places.append(token.evaluate(where) != before)
