@@ -13,6 +13,7 @@ import hypothesis
 import jaxtyping
 import pytest
 import torch
+from filelock import FileLock
 
 # Shapes and dtypes in the package's signatures are checked whenever a test calls a function. The
 # kernels are left out: their compilers read the functions themselves.
@@ -44,15 +45,22 @@ def as_a_user():
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    """The built book, every warning an error."""
-    folder, root = tmp_path_factory.mktemp("book"), Path(__file__).parents[1]
-    for name in ("_config.yml", "_toc.yml"):
-        shutil.copy(root / name, folder)
-    shutil.copytree(root / "book", folder / "book", ignore=shutil.ignore_patterns(".*"))
-    command = [Path(sys.executable).with_name("jupyter-book"), "build", folder, "-W", "-n", "-q"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return folder / "_build" / "html"
+    """The built book, every warning an error; built once for all processes that test it."""
+    place, root = tmp_path_factory.getbasetemp(), Path(__file__).parents[1]
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent
+    with FileLock(place / "book.lock"):
+        if not (place / "book").exists():
+            folder = tmp_path_factory.mktemp("build")
+            for name in ("_config.yml", "_toc.yml"):
+                shutil.copy(root / name, folder)
+            shutil.copytree(root / "book", folder / "book", ignore=shutil.ignore_patterns(".*"))
+            command = Path(sys.executable).with_name("jupyter-book")
+            command = [command, "build", folder, "-W", "-n", "-q"]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert result.returncode == 0, result.stdout + result.stderr
+            folder.rename(place / "book")
+    return place / "book/_build/html"
 
 
 def pace():

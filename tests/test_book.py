@@ -251,6 +251,7 @@ def test_progress_bars_stay_in_the_notebooks(site):
 
 @pytest.mark.slow
 def test_pages_say_what_they_are(site):
+    pictures = {}
     owner, name = REPOSITORY.removeprefix("https://github.com/").split("/")
     for page in toc_pages():
         html = (site / f"{page}.html").read_text("utf-8")
@@ -260,7 +261,13 @@ def test_pages_say_what_they_are(site):
         picture = re.search('<meta property="og:image" content="([^"]+)"', html)[1]
         address = f"https://{owner}.github.io/{name}/"
         assert picture.startswith(address)
-        assert (site / picture.removeprefix(address)).is_file()
+        pictures[page] = (site / picture.removeprefix(address)).read_bytes()
+    of_chapters = [pictures[page] for page in pictures if re.match(r"book/\d\d_", page)]
+    assert len(set(of_chapters)) == len(of_chapters) > 20
+    for picture in of_chapters:  # a PNG tells its width and height at its beginning
+        assert picture.startswith(b"\x89PNG")
+        assert [int.from_bytes(picture[i : i + 4], "big") for i in (16, 20)] == [1200, 630]
+        assert len(picture) < 100e3
     assert not (site / "genindex.html").exists()
 
 

@@ -1,5 +1,6 @@
 """Pieces of one sequence on several processes, against the whole on one, in float64."""
 
+import sys
 import time
 from datetime import timedelta
 
@@ -23,6 +24,10 @@ from mamba_tutorial.scan import combine
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch without torch.distributed")
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
+# On Linux processes come from one that has imported everything; elsewhere forks are unsafe.
+START = "forkserver" if sys.platform == "linux" else "spawn"
+if START == "forkserver":
+    mp.set_forkserver_preload([__name__])
 
 
 def meet(rank, task, ranks, meeting, *given):
@@ -44,7 +49,8 @@ def meet(rank, task, ranks, meeting, *given):
 
 def run(tmp_path, task, ranks, *given):
     """Run the task in as many processes; the first error of one of them is raised here."""
-    mp.spawn(meet, (task, ranks, str(tmp_path / "meeting"), *given), nprocs=ranks)
+    given = task, ranks, str(tmp_path / "meeting"), *given
+    mp.start_processes(meet, given, nprocs=ranks, start_method=START)
 
 
 def piece_of(rank, lengths):

@@ -146,6 +146,8 @@ MODELS = [(name, model) for name in VERDICT for model in EXPERIMENTS[name]["mode
 @pytest.mark.parametrize(("name", "model"), MODELS)
 def test_every_model_trains_in_the_quick_form(name, model):
     configuration = {**experiments.quick(EXPERIMENTS[name]), "steps": 2, "batch": 4, "tested": 4}
+    if "lengths" in configuration:  # the one that is trained, and a longer one
+        configuration["lengths"] = configuration["lengths"][:2]
     result = experiments.run(configuration, model, 1e-3, 0)
     assert [step for step, _ in result["scores"]] == [1, 2]
     assert all(math.isfinite(score) for _, score in result["scores"])

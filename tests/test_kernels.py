@@ -709,9 +709,10 @@ for line in tool(code, "nvdisasm", "-c").splitlines():
             longest = max(longest, place - labels[jump[1]])
 print("instructions per token:", longest / constants["TILE"])
 
-# Triton turns an integer argument that is 1 into a Python integer, which has no methods.
+# Triton turns an integer argument that is 1 into a Python integer, which has no methods: for all
+# chips alike, so one shows it.
 small = 0
-for kernel, constants in [*kernels.values(), *more]:
+for kernel, constants in [*kernels.values(), *more] if chip == 90 else []:
     if kernel not in {forward_in_gluon.forward, backward_in_gluon.backward}:  # they have more
         small += 1
         names = [name for name in kernel.arg_names if name.islower() and "_ptr" not in name]
@@ -754,7 +755,7 @@ def test_triton_compiles_for_two_generations_of_gpus_and_hardly_spills(chip):
     assert "Used 255 registers" in result.stdout  # the backward pass in Gluon
     count = float(re.search(r"instructions per token: (\S+)", result.stdout)[1])
     assert 5 * 16 < count < 140
-    assert "sizes of one: 19" in result.stdout
+    assert f"sizes of one: {19 if chip == 90 else 0}\n" in result.stdout
 
 
 @needs_triton

@@ -48,9 +48,10 @@ def test_shown_chapters_need_no_book(path):
     notebook = read(path)
     cells = lab.shown(read(path), path.stem).cells
     text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    own = lab.labels_of_equations()[path.stem]
-    for role, target in lab.ROLE.findall(text):
-        assert (role, target) in {("eq", label) for label in own}
+    assert not lab.ROLE.search(text)
+    own = standalone.labels_of_equations()[path.stem]
+    numbers = [f"({number})" for number in re.findall(r"\\tag\{([\d.]+)\}", text)]
+    assert numbers == [standalone.numbers()[label] for label in own]
     for name in {"fig-", "ex-", "eq-"}:
         assert f">{name}" not in text  # each has its number
     captions = [cell for cell in cells if lab.is_tagged(cell, "caption")]
@@ -166,15 +167,18 @@ def test_a_chapter_opens_runs_and_is_saved_in_jupyterlab(server, lab_page):
     page, (_, book) = lab_page, server
     path, before = book / f"{CHAPTER}.ipynb", read(ROOT / f"book/{CHAPTER}.ipynb")
     assert page.locator(".jp-mod-dirty").count() == 0
-    folded, hidden = 0, 0
+    folded, hidden, numbers = 0, 0, set()
     for _ in walk(page):
         assert (
             page.locator(".jp-Notebook .text-yellow-600, .jp-Notebook .text-red-500").count() == 0
         )
         folded = max(folded, page.locator(".jp-InputPlaceholder:visible").count())
         hidden = max(hidden, page.locator(".jp-showHiddenCellsButton:visible").count())
+        numbers |= set(page.locator(".jp-Notebook .katex-html .tag").all_inner_texts())
     assert folded > 0
     assert hidden > 0
+    labels = standalone.labels_of_equations()[CHAPTER]
+    assert {standalone.numbers()[label] for label in labels} <= numbers
     page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
     page.wait_for_function(
         "() => ['idle'].includes(window.jupyterapp.shell.currentWidget.sessionContext"

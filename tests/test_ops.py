@@ -71,10 +71,10 @@ def examples():
     waves = [torch.complex(t, t.flip(1)) for t in (d, a / 3, b)]
     yield "linear_scan", (*waves[1:], torch.complex(h0, h0), False, "blelloch")
     yield "linear_scan_backward", (*waves, torch.complex(h0, h0), False, "blelloch")
-    fused = tuple(scan_inputs().values())
+    fused = tuple(scan_inputs(length=20).values())
     core = *fused[:1], fused[1].abs(), *fused[2:5], None, None, None, fused[8]
-    dy, dh_last = random(2, 40, 6, seed=10), random(2, 6, 4, seed=11)
-    begins = random(2, 40, seed=12) > 1
+    dy, dh_last = random(2, 20, 6, seed=10), random(2, 6, 4, seed=11)
+    begins = random(2, 20, seed=12) > 1
     for backend in ("parallel", *KERNELS):
         given, softplus = (fused, True) if backend == "triton" else (core, False)
         for exact, marks in ((False, None), (True, None), (False, begins), (True, begins)):
@@ -126,8 +126,20 @@ def test_every_operator_has_an_example():
     assert {name for name, _ in EXAMPLES} == set(OPERATORS)
 
 
+def kind(name, arguments):
+    """What PyTorch is told of a call: which tensors, which method; not sizes and flags.
+
+    A size of one is a kind of its own, to PyTorch, too.
+    """
+    told = {torch.Tensor: lambda a: (a.ndim, a.dtype), int: lambda a: a == 1, bool: type}
+    return name, *(told.get(type(a), lambda a: a)(a) for a in arguments)
+
+
+KINDS = {kind(*example): example for example in EXAMPLES}.values()
+
+
 @pytest.mark.usefixtures("as_a_user")
-@pytest.mark.parametrize(("name", "arguments"), EXAMPLES, ids=IDS)
+@pytest.mark.parametrize(("name", "arguments"), KINDS, ids=[name for name, _ in KINDS])
 def test_pytorch_is_told_the_truth(name, arguments):
     """Schema, shapes without numbers, and gradients, as PyTorch's own check sees them."""
     leaves = [
@@ -171,19 +183,18 @@ def test_a_kernel_computes_its_definition(name, arguments):
         torch.testing.assert_close(result, exact.to(result.dtype), rtol=2e-5, atol=2e-5)
 
 
-def test_first_and_second_derivatives_of_linear_scan():
+def test_second_derivatives_of_linear_scan():  # test_scan has the first ones
     for dtype in (torch.float64, torch.complex128):
         a, b = (
-            torch.randn(2, 6, 2, dtype=dtype, device=DEVICE, requires_grad=True) for _ in range(2)
+            torch.randn(1, 5, 2, dtype=dtype, device=DEVICE, requires_grad=True) for _ in range(2)
         )
-        h0 = torch.randn(2, 2, dtype=dtype, device=DEVICE, requires_grad=True)
+        h0 = torch.randn(1, 2, dtype=dtype, device=DEVICE, requires_grad=True)
         for reverse in (False, True):
             for method in ("sequential", "blelloch"):
 
                 def run(a, b, h0, reverse=reverse, method=method):
                     return linear_scan(a, b, h0, reverse=reverse, method=method)
 
-                assert gradcheck(run, (a, b, h0))
                 assert gradgradcheck(run, (a, b, h0))
 
 

@@ -97,7 +97,7 @@ def test_what_auto_chooses_is_right(shape):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 @pytest.mark.parametrize("length", [1, 2, 7])
 def test_gradients_of_a_and_b_and_h0(method, reverse, dtype, length):
-    inputs = [tensor.requires_grad_() for tensor in problem(2, length, 3, dtype=dtype)]
+    inputs = [tensor.requires_grad_() for tensor in problem(2, length, 2, dtype=dtype)]
 
     def function(a, b, h0):
         return linear_scan(a, b, h0, reverse=reverse, method=method)

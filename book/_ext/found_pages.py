@@ -82,10 +82,11 @@ def describe(app, pagename, templatename, context, doctree) -> None:
         about = next((text for text in page_text(doctree) if len(text) > 60), about)
     if len(about) > 200:
         about = about[:200].rpartition(" ")[0] + " …"
-    pictures = re.findall(r'<img [^>]*src="(?:\.\./)*(_images/[^"]+\.png)"', context["body"])
-    picture = app.config.html_baseurl + (pictures or ["_static/screenshot.png"])[0]
-    values = {"type": "article", "title": title, "description": about, "image": picture,
-              "site_name": app.config.html_title, "url": context.get("pageurl") or ""}  # fmt: skip
+    values = {"type": "article", "title": title, "description": about,
+              "site_name": app.config.html_title}  # fmt: skip
+    if site := app.config.html_baseurl:
+        picture = context.get("preview", "_static/screenshot.png")
+        values |= {"image": site + picture, "url": context["pageurl"]}
     tags = [f'<meta name="description" content="{escape(about)}" />']
     tags += [f'<meta property="og:{k}" content="{escape(v)}" />' for k, v in values.items()]
     context["metatags"] = context.get("metatags", "") + "\n    " + "\n    ".join(tags)

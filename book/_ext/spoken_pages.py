@@ -1,4 +1,6 @@
-"""What pages say to those who hear them, and how lines that stand alone are marked."""
+"""What pages say to those who hear them, and which outputs may break on a narrow screen."""
+
+import re
 
 from docutils import nodes
 
@@ -32,20 +34,20 @@ def name_download(app, pagename, templatename, context, doctree) -> None:
                 button["tooltip"] = f"Download this page as a {kind}"
 
 
-def mark_single_lines(app, doctree, docname) -> None:
-    """Mark outputs of one line, which may break on a narrow screen: no columns get lost."""
+def mark_sentences(app, doctree, docname) -> None:
+    """Mark outputs that are no table and no source: a line that breaks there loses no column."""
     cells = (node for node in doctree.findall(nodes.container) if "cell_output" in node["classes"])
     for cell in cells:
         for output in cell.findall(nodes.literal_block):
-            if "\n" not in output.astext().strip():
-                output["classes"].append("one-line")
+            if not re.search(r"^\s|\S  ", output.astext().strip(), re.MULTILINE):
+                output["classes"].append("sentences")
 
 
 def setup(app) -> dict:
     """Register with Sphinx."""
     app.connect("html-page-context", name_controls, priority=900)
     app.connect("html-page-context", name_download, priority=900)
-    app.connect("doctree-resolved", mark_single_lines)
+    app.connect("doctree-resolved", mark_sentences)
     return {
         "version": "1",
         "parallel_read_safe": True,

@@ -49,7 +49,7 @@ def alone(notebook: NotebookNode, page: str, site: str) -> NotebookNode:
 def plain(text: str, page: str, site: str) -> str:
     """Return a text of a chapter in plain Markdown."""
     text = ROLE.sub(lambda role: words_for(*role.groups()), text)
-    text = EQUATION.sub(lambda e: f"$$\n{e[1]} \\tag{{{numbers()[e[2]].strip('()')}}}\n$$", text)
+    text = EQUATION.sub(numbered, text)
     text = EXERCISE.sub(lambda e: f"#### {numbers()[e[2]]} ({e[1]})\n\n{e[3]}", text)
     text = SOLUTION.sub("#### Solution", text)
     text = BOX.sub(lambda box: quoted(box[1], box[2]), text)
@@ -59,6 +59,12 @@ def plain(text: str, page: str, site: str) -> str:
         return f"]({site}book/{link[1]}.html)" if file.endswith(".md") else f"]({file or link[1]})"
 
     return re.sub(r"\]\((\w+)\)", address, text)
+
+
+def numbered(equation: re.Match) -> str:
+    """Return an equation with the number of the book beside it, in the place of its label."""
+    body, label = equation.groups()
+    return f"$$\n{body} \\tag{{{numbers()[label].strip('()')}}}\n$$"
 
 
 def quoted(title: str, body: str) -> str:

@@ -1,10 +1,11 @@
 """The chapters as JupyterLab shows them, and as the files keep them.
 
-In JupyterLab a chapter stands alone: it knows neither the literature nor the figures and equations
-of other chapters, it shows every solution, and no captions. So on its way to JupyterLab a notebook
-is changed: citations and numbers are written out, links lead to files, code that only draws is
-folded, captions stand below the figures, each exercise has a cell to work in, and each solution is
-a section that is closed. On its way back all of this is undone; what a reader has written stays.
+In JupyterLab a chapter stands alone: it knows neither the literature nor the numbers of figures and
+equations, it shows every solution, and no captions. So on its way to JupyterLab a notebook is
+changed: citations and numbers are written out, links lead to files, code that only draws is folded,
+captions stand below the figures and numbers beside the equations, each exercise has a cell to work
+in, and each solution is a section that is closed. On its way back all of this is undone; what a
+reader has written stays.
 
 `shown` and `kept` are the two ways; `kept(shown(notebook))` is the notebook.
 """
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "_ext"))
 from standalone import (
     BOOK,
     COLLAPSED,
+    EQUATION,
     FOLDED,
     LABEL,
     ROLE,
@@ -31,13 +33,15 @@ from standalone import (
     TO_WORK_IN,
     files,
     is_tagged,
-    labels_of_equations,
+    numbered,
+    numbers,
     with_extras,
     words_for,
 )
 
 KEPT_LANGUAGE = {"name": "python"}
 KEPT_KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+NUMBERED = re.compile(r" \\tag\{([\d.]+)\}\n\$\$")
 WRITTEN_OUT = re.compile(r'<span data-role="([\w:]+)" data-of="([^"]+)">.*?</span>', re.DOTALL)
 CLOSED = re.compile(r"#### Solution\n\n<!--\n(```\{solution-start\}.*?)\n-->", re.DOTALL)
 OPENED = "#### Exercise\n\n"
@@ -55,7 +59,7 @@ def shown(notebook: NotebookNode, page: str) -> NotebookNode:
     notebook.cells = with_extras(notebook.cells, page)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            show_text(cell, page)
+            show_text(cell)
     return notebook
 
 
@@ -77,9 +81,9 @@ def is_ours(cell: NotebookNode) -> bool:
     return untouched or is_tagged(cell, "caption")
 
 
-def show_text(cell: NotebookNode, page: str) -> None:
+def show_text(cell: NotebookNode) -> None:
     """Write out what only the book knows, open an exercise, close a solution."""
-    text = written_out(cell.source, page)
+    text = written_out(cell.source)
     if SOLUTION.search(text):
         text = SOLUTION.sub(lambda found: f"#### Solution\n\n<!--\n{found[0]}\n-->", text)
         cell.metadata[COLLAPSED] = True
@@ -91,6 +95,11 @@ def show_text(cell: NotebookNode, page: str) -> None:
 def keep_text(cell: NotebookNode) -> None:
     """Undo `show_text`."""
     text = WRITTEN_OUT.sub(r"{\1}`\2`", CLOSED.sub(r"\1", cell.source.removeprefix(OPENED)))
+    labels = {number: label for label, number in numbers().items()}
+    text = NUMBERED.sub(
+        lambda found: f"\n$$ ({label})" if (label := labels.get(f"({found[1]})")) else found[0],
+        text,
+    )
     cell.source = re.sub(
         r"\]\((\w+)\.(?:ipynb|md)\)",
         lambda found: f"]({found[1]})" if found[1] in files() else found[0],
@@ -99,15 +108,13 @@ def keep_text(cell: NotebookNode) -> None:
     cell.metadata.pop(COLLAPSED, None)
 
 
-def written_out(text: str, page: str) -> str:
+def written_out(text: str) -> str:
     """Return a text whose citations and numbers can be read without the book around it."""
     text = re.sub(r"\]\((\w+)\)", lambda f: f"]({files().get(f[1], f[1])})", text)
-    here = labels_of_equations().get(page, [])
+    text = EQUATION.sub(numbered, text)
 
     def write(role: re.Match) -> str:
         kind, target = role.groups()
-        if kind == "eq" and target in here:
-            return role[0]  # JupyterLab knows the equations of the page itself
         return f'<span data-role="{kind}" data-of="{target}">{words_for(kind, target)}</span>'
 
     return ROLE.sub(write, text)

@@ -19,18 +19,42 @@
     ".bd-article pre": "code or output",
   };
 
-  const measure = () => {
-    // a formula in a line breaks at its signs; only a piece wider than the column must scroll
-    const inline = all(".bd-article span.math");
-    inline.forEach((formula) => formula.classList.remove("wide"));
-    const wide = inline.filter((formula) => {
-      const column = formula.closest("p, li, dd, figcaption, h1, h2, h3, h4");
-      if (!column || formula.closest("table")) return false;
-      const edge = column.getBoundingClientRect().right + 1;
-      return [...formula.querySelectorAll("mjx-container *")].some(
-        (part) => part.getBoundingClientRect().right > edge && !part.closest("mjx-assistive-mml"));
+  // Where a formula may break at the end of a line: a short one nowhere; others at signs and commas
+  // outside of brackets, and inside of them only if it is too long otherwise. What is too long even
+  // so must scroll.
+  const ways = ["whole", "open", "", "wide"];
+  const short = (column) => Math.min(0.6 * column.width, 280);
+  const markBreaks = (formula) => {
+    let depth = 0;
+    for (const part of formula.querySelectorAll("mjx-math :is(mjx-mo, mjx-break)")) {
+      if (part.matches("mjx-break")) {
+        const [before, after] = [part.previousElementSibling, part.nextElementSibling]
+          .map((sign) => sign?.matches("mjx-mo") ? sign.textContent : "");
+        part.classList.toggle("weak", depth > 0 || !(before === "," || /\p{Sm}/u.test(after)));
+      } else if (/^[([{⟨⌈⌊]$/.test(part.textContent)) depth++;
+      else if (/^[)\]}⟩⌉⌋]$/.test(part.textContent)) depth--;
+    }
+  };
+  const breakFormulas = () => {
+    let left = all(".bd-article span.math").flatMap((formula) => {
+      const box = formula.closest("p, li, dd, figcaption, h1, h2, h3, h4");
+      const shown = box?.offsetParent && !formula.closest("table");
+      return shown ? [[formula, box.getBoundingClientRect()]] : [];
     });
-    wide.forEach((formula) => formula.classList.add("wide"));
+    for (const way of ways) {
+      for (const [formula] of left) {
+        formula.classList.remove(...ways.filter(Boolean));
+        if (way) formula.classList.add(way);
+      }
+      left = left.filter(([formula, column]) => way === "whole"
+        ? formula.getBoundingClientRect().width > short(column)
+        : [...formula.querySelectorAll("mjx-math, mjx-math *")].some(
+          (part) => part.getBoundingClientRect().right > column.right + 1));
+    }
+  };
+
+  const measure = () => {
+    breakFormulas();
     for (const [selector, name] of Object.entries(scrollers)) {
       const found = all(selector).map((box) => [box, box.scrollWidth > box.clientWidth + 1]);
       for (const [box, scrolls] of found) {
@@ -60,6 +84,7 @@
     for (const picture of all("img[loading=lazy]")) picture.loading = "eager";
     await window.MathJax?.startup?.promise;
     await document.fonts.ready;
+    all(".bd-article span.math").forEach(markBreaks);
     soon();
   });
   addEventListener("resize", soon);
