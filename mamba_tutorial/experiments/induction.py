@@ -1,7 +1,8 @@
 """Induction heads, Table 11 of the Mamba paper: trained at length 256, tested from 2⁶ to 2²⁰.
 
-The paper trains with batches of 8 for 204,800 steps; here they are 64, and the steps an eighth, so
-as many sequences are seen. Its attention has no MLP, ours has. Vectors of places beyond the trained
+The paper trains with batches of 8 for 204,800 steps; here they are 64, and the steps a sixteenth,
+so half as many sequences are seen. No run stops early: one that makes no mistake at length 256 has
+still to learn to go on beyond. The paper's attention has no MLP, ours has. Vectors of places beyond the trained
 length are as they start.
 """
 
@@ -19,9 +20,8 @@ EXPERIMENTS = {
         "length": 256,
         "vocab": 16,
         "batch": 64,
-        "steps": 25600,
-        "stop_at": 0.9999,
-        "learning_rates": [1e-3],
+        "steps": 12800,
+        "learning_rates": [2e-4, 1e-3],
         "seeds": [0, 1, 2],
         "lengths": _LENGTHS,
         "graph": True,
