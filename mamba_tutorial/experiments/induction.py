@@ -2,8 +2,8 @@
 
 The paper trains with batches of 8 for 204,800 steps; here they are 64, and the steps a sixteenth,
 so half as many sequences are seen. No run stops early: one that makes no mistake at length 256 has
-still to learn to go on beyond. The paper's attention has no MLP, ours has. Vectors of places beyond the trained
-length are as they start.
+still to learn to go on beyond. The paper's attention has no MLP, ours has. Vectors of places beyond
+the trained length are as they start.
 """
 
 import torch
