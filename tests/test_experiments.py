@@ -168,7 +168,7 @@ def test_every_model_trains_as_a_graph(name, model):
 
 
 def test_a_start_like_attention_is_one():
-    entry = {"model": "Mamba", "d_model": 8, "n_layer": 1, "start": ["slow", "alike"]}
+    entry = {"model": "Mamba", "d_model": 8, "n_layer": 1, "start": ["A", "dt", "alike"]}
     ssm = experiments.models.build(entry, 10, 0).layers[0].mixer.ssm
     x = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
     _, B, C = ssm.select(x)

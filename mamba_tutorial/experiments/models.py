@@ -136,11 +136,12 @@ def _mamba(
 ) -> MambaLM:
     """Return a `MambaLM`, with the parts that are named selective, and this A at the start.
 
-    "slow" and "alike" in `start`, both together, make it begin like attention without a softmax,
-    after Trockman et al. (2024): y_t = Σ_s (C_t · B_s) x_s, with C_t · B_s large where the tokens t
-    and s are alike.
+    All three parts of `start` together make it begin like attention without a softmax, after
+    Trockman et al. (2024): y_t = Σ_s (C_t · B_s) x_s, with C_t · B_s large where the tokens t and s
+    are alike.
 
-        slow     nothing fades, A = −10⁻⁴, and every token is written with Δ = 1
+        A        A = −10⁻⁴, so that nothing fades
+        dt       Δ = 1 for every token
         alike    C has B's weights; in the paper the two are alike, not equal
     """
     config = MambaConfig(vocab_size=vocab, **sizes)
@@ -156,8 +157,9 @@ def _mamba(
                 ssm.A_log.fill_(0.5).log_()
             elif A == "random":
                 ssm.A_log.normal_()
-            if "slow" in start:
+            if "A" in start:
                 ssm.A_log.fill_(1e-4).log_()
+            if "dt" in start:
                 ssm.dt_proj.weight.zero_()
                 ssm.dt_bias.fill_(math.log(math.e - 1))  # whose softplus is 1
             if "alike" in start:

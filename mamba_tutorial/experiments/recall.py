@@ -34,7 +34,7 @@ def _attention(d_model: int) -> dict:
 _COPIERS = {
     "Mamba, N = 4": _mamba(64, 4),
     "Mamba, N = 64": _mamba(64, 64),
-    "Mamba that attends": {**_mamba(64, 64), "start": ["slow", "alike"]},
+    "Mamba that attends": {**_mamba(64, 64), "start": ["A", "dt", "alike"]},
     "attention": {**_attention(64), "n_head": 4},
     "S4D": {"layer": "S4D", "d_state": 64, "init": "lin", "layers": 2},
 }
@@ -108,14 +108,16 @@ EXPERIMENTS = {
         "tested": 512,
         "learning_rates": [3e-3],
         "seeds": [0, 1, 2],
-        "quick": {"data": 8, "vocab": 10, "steps": 160, "batch": 32, "tested": 128},
+        "quick": {"data": 8, "vocab": 10, "steps": 120, "batch": 32, "tested": 128},
         "models": {
             name: {**_mamba(64, 32), "start": start}
             for name, start in {
                 "as usual": [],
-                "alike": ["alike"],
-                "slow": ["slow"],
-                "slow and alike": ["slow", "alike"],
+                "C like B": ["alike"],
+                "A near 0": ["A"],
+                "Δ = 1": ["dt"],
+                "A near 0, Δ = 1": ["A", "dt"],
+                "all three": ["A", "dt", "alike"],
             }.items()
         },
     },
