@@ -123,7 +123,7 @@ def state(figure):
 
 def move_figures(page, touch):
     """Move each slider in each way that there is; each must change the drawing and the words."""
-    for figure in page.locator(".mamba-slider, .mamba-stepper").all():
+    for figure in page.locator(".mamba-slider").all():
         track = figure.locator("input")
         track.scroll_into_view_if_needed()
         box = track.bounding_box()
@@ -214,7 +214,7 @@ def test_without_javascript_figures_stand_still(site, browser, name):
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto((site / f"book/{name}.html").as_uri())
-    for figure in page.locator(".mamba-slider, .mamba-stepper").all():
+    for figure in page.locator(".mamba-slider").all():
         assert figure.locator("noscript svg").is_visible()
         assert not figure.locator("input").is_visible()
     context.close()

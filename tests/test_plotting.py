@@ -217,6 +217,6 @@ def test_stepper_holds_the_steps_and_asks_for_nothing():
     assert data["steps"][1]["joined"] == [[0, 1, 1], [2, 3, 3]]
     assert data["steps"][4]["joined"] == [[3, 1, 3]]
     assert data["steps"][-1]["intervals"] == [[0, 1], [0, 2], [0, 3], [0, 4]]
-    assert data["steps"][2]["note"] == "note 2"
+    assert data["notes"][2] == "note 2"
     assert not re.search(r"(src|href)\s*=", html)
     assert repr(figure) == f"<a figure with a slider of {len(steps)} steps>"

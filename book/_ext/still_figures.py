@@ -1,7 +1,7 @@
 """Figures that move stand still without JavaScript: as they are before anybody moves them.
 
-The templates `slider.html` and `stepper.html` of the package draw in the browser what they are
-given as JSON. Here the first state of each is drawn once more, for browsers that run no scripts.
+The scripts `curves.js` and `steps.js` of the package draw in the browser what they are given as
+JSON. Here the first state of each is drawn once more, for browsers that run no scripts.
 """
 
 import json
@@ -17,8 +17,10 @@ FIGURE = re.compile(
 def still(match: re.Match) -> str:
     """Return what stands in the place of the note that JavaScript is needed."""
     data = json.loads(match[2])
-    drawn, key, words = step(data) if "steps" in data else curves(data)
+    drawn, key = step(data) if "steps" in data else curves(data)
     label = escape(data["description"], quote=True)
+    start = data["start"]
+    words = f"{data['label']} {data['values'][start]}. {data['notes'][start]}"
     svg = f'<svg viewBox="0 0 640 262" role="img" aria-label="{label}">{drawn}</svg>'
     return f'<noscript><div class="key">{key}</div>{svg}<p>{escape(words)}</p></noscript>{match[1]}'
 
@@ -28,8 +30,8 @@ def text(x: float, y: float, words: str, anchor: str = "middle") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
-def curves(data: dict) -> tuple[str, str, str]:
-    """Draw the curves of a slider: the drawing, its key, and what is said about it."""
+def curves(data: dict) -> tuple[str, str]:
+    """Draw curves: the drawing, and its key."""
     moving = {name: states[data["start"]] for name, states in data["moving"].items()}
     everything = [
         *data["fixed"].values(),
@@ -70,12 +72,11 @@ def curves(data: dict) -> tuple[str, str, str]:
             dashes = ' stroke-dasharray="6 4"' if "dashed" in kind else ""
             drawn += f'<path class="{kind}" d="{path(curve)}"{dashes} />'
             key += f'<span class="{kind}">{escape(name)}</span>'
-    state = f"{data['label']} = {data['values'][data['start']]}. {data['notes'][data['start']]}"
-    return drawn, key, state
+    return drawn, key
 
 
-def step(data: dict) -> tuple[str, str, str]:
-    """Draw one step of a scan: the drawing, its key (it has none), and what is said about it."""
+def step(data: dict) -> tuple[str, str]:
+    """Draw one step of a scan: the drawing, and its key (it has none)."""
     now = data["start"]
     after, before = data["steps"][now], data["steps"][max(0, now - 1)]
     places = len(after["intervals"])
@@ -101,7 +102,7 @@ def step(data: dict) -> tuple[str, str, str]:
     if now:
         drawn += row(before["intervals"], 24, lambda place: False)
         for left, right, to in after["joined"]:
-            for kind, start in (("early", left), ("", right)):
+            for kind, start in (("operand early", left), ("operand", right)):
                 drawn += (
                     f'<line class="{kind}" x1="{x(start):.1f}" y1="66" x2="{x(to):.1f}" y2="170" />'
                 )
@@ -110,7 +111,7 @@ def step(data: dict) -> tuple[str, str, str]:
         176,
         lambda place: now and after["intervals"][place] != before["intervals"][place],
     )
-    return drawn, "", f"Step {now} of {len(data['steps']) - 1}. {after['note']}"
+    return drawn, ""
 
 
 def draw_stills(app, pagename, templatename, context, doctree) -> None:

@@ -19,12 +19,12 @@ class Interactive:
     and `scan_steps`.
 
     Attributes:
-        template: a file beside this one, with {{data}} in the place of the data.
-        data: what the template draws.
+        script: a file beside this one, which draws the figure in the frame that is `slider.html`.
+        data: a value and a note for each place of the slider, and what the script draws.
         name: what a reader without HTML sees.
     """
 
-    template: str
+    script: str
     data: dict
     name: str
 
@@ -32,10 +32,11 @@ class Interactive:
         return f"<{self.name}>"
 
     def _repr_html_(self) -> str:
-        template = (
-            files("mamba_tutorial.plotting").joinpath(self.template).read_text(encoding="utf-8")
-        )
-        return template.replace("{{data}}", json.dumps(self.data, separators=(",", ":")))
+        here = files("mamba_tutorial.plotting")
+        frame = here.joinpath("slider.html").read_text(encoding="utf-8")
+        script = here.joinpath(self.script).read_text(encoding="utf-8")
+        data = json.dumps(self.data, separators=(",", ":"))
+        return frame.replace("{{script}}", script.rstrip()).replace("{{data}}", data)
 
 
 def slider(
@@ -71,14 +72,14 @@ def slider(
     everything = np.concatenate([np.asarray(curve, dtype=float) for curve in drawn])
     marks = even(np.nanmin(everything), np.nanmax(everything), 5)
     return Interactive(
-        "slider.html",
+        "curves.js",
         {
             "length": len(x),
             "xticks": _ticks(x),
             "yticks": [[value, label] for value, label in zip(marks, written(marks), strict=True)],
             "fixed": {name: _short(curve) for name, curve in fixed.items()},
             "moving": {name: [_short(c) for c in curves] for name, curves in moving.items()},
-            "label": label,
+            "label": f"{label} =",
             "values": [_rounded(value) for value in values],
             "notes": list(notes),
             "start": start,
@@ -109,12 +110,18 @@ def scan_steps(
         {
             "intervals": step.intervals,
             "joined": [(left, right, max(left, right)) for left, right in step.joined],
-            "note": note,
         }
-        for step, note in zip(steps, notes, strict=True)
+        for step in steps
     ]
-    data = {"steps": drawn, "start": start, "description": description}
-    return Interactive("stepper.html", data, f"a figure with a slider of {len(drawn)} steps")
+    data = {
+        "steps": drawn,
+        "label": "Step",
+        "values": [f"{i} of {len(drawn) - 1}" for i in range(len(drawn))],
+        "notes": [note for _, note in zip(steps, notes, strict=True)],
+        "start": start,
+        "description": description,
+    }
+    return Interactive("steps.js", data, f"a figure with a slider of {len(drawn)} steps")
 
 
 def _rounded(value: float) -> str:
