@@ -15,7 +15,7 @@
   const scrollers = {
     ".bd-article mjx-container[display='true']": "formula",
     ".bd-article span.math.wide": "formula",
-    ".pst-scrollable-table-container": "table",
+    ".pst-scrollable-table-container, .bd-article .output.text_html": "table",
     ".bd-article pre": "code or output",
   };
 

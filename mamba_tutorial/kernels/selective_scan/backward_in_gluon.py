@@ -245,7 +245,6 @@ def backward(
         h = gl.load(starts_ptr + (first // SECTION).to(gl.int64) * size + at, square, 0.0)
         for i in range(TILES - 1):
             kept.index(i).store(h)
-            words = marks(begins_ptr, first + i * TILE, TILE)
             async_copy.wait_group(STAGES - 2)
             step = dts.index(slot).load(PAIR).to(gl.float32) + bias
             if SOFTPLUS:
@@ -256,6 +255,7 @@ def backward(
             _order_step(
                 buffers, ptrs, strides, columns, first, ahead, stop, free, COUNT, TILE, TILES
             )
+            words = marks(begins_ptr, first + i * TILE, TILE)
             for k in gl.static_range(TILE):
                 step_k = _of_channels(step_rows.index(k).load(OVER_D))
                 drive_k = _of_channels(drive_rows.index(k).load(OVER_D))
@@ -268,7 +268,6 @@ def backward(
         for i in range(TILES - 1, 2 * TILES - 1):
             start = first + (2 * TILES - 2 - i) * TILE
             inside = (start + row < stop) & there[None, :]
-            words = marks(begins_ptr, start, TILE)
             async_copy.wait_group(STAGES - 2)
             x = xs.index(slot).load(PAIR).to(gl.float32)
             dy = dys.index(slot).load(PAIR).to(gl.float32)
@@ -290,6 +289,7 @@ def backward(
             )
 
             h = kept.index(2 * TILES - 2 - i).load(STATE)
+            words = marks(begins_ptr, start, TILE)
             before, decays, ys, dCs = (), (), (), ()
             for k in gl.static_range(TILE):
                 step_k = _of_channels(step_rows.index(k).load(OVER_D))

@@ -136,7 +136,6 @@ def forward(
         order(buffers, ptrs, strides, columns, gl.to_tensor(i * TILE), tokens, i, COUNT)
     slot = 0
     for start in range(0, tokens, TILE):
-        words = marks(begins_ptr, start, TILE)  # early, since they come from afar
         async_copy.wait_group(STAGES - 2)
         x = xs.index(slot).load(PAIR).to(gl.float32)
         step = dts.index(slot).load(PAIR).to(gl.float32) + bias
@@ -154,6 +153,7 @@ def forward(
             if start % EVERY == 0:
                 gl.store(starts_ptr + (start // EVERY).to(gl.int64) * size + at, h, real)
 
+        words = marks(begins_ptr, start, TILE)
         decays, inputs, ys = (), (), ()
         for k in gl.static_range(TILE):
             step_k = gl.expand_dims(gl.expand_dims(step_rows.index(k).load(OVER_D), 0), 1)
