@@ -20,7 +20,7 @@ TINY = {**EXPERIMENTS["wall"], "steps": 2, "batch": 2, "seeds": [0, 1], "learnin
 RECORDED = [name for name in EXPERIMENTS if (RESULTS / f"experiment_{name}.json").exists()]
 
 # runs that are still to be made, on a GPU: the same command goes on with them
-UNFINISHED = Counter({"ablations": 14, "language_medium": 6})
+UNFINISHED = Counter()
 
 
 def test_what_the_chapters_draw_is_recorded():
@@ -130,7 +130,10 @@ VERDICT = [
     "gates",
     "gates_long",
     "induction",
+    "induction_convolved",
     "recall",
+    "recall_convolved",
+    "recall_starts",
     "copying",
     "copying_fixed",
     "parity",

@@ -184,10 +184,13 @@ def accuracy_in_parts(model: nn.Module, inputs: Tensor, targets: Tensor) -> floa
 
 
 def missing(configuration: dict, runs: list[dict]) -> Iterator[tuple[str, float, int]]:
-    """Yield what is still to be run: model, learning rate and seed."""
+    """Yield what is still to be run: model, learning rate and seed.
+
+    The first learning rate comes first with all its seeds: a record cut short compares seeds.
+    """
     done = {(run["model"], run["lr"], run["seed"]) for run in runs}
-    for seed in configuration["seeds"]:
-        for lr in configuration["learning_rates"]:
+    for lr in configuration["learning_rates"]:
+        for seed in configuration["seeds"]:
             for name in configuration["models"]:
                 if (name, lr, seed) not in done:
                     yield name, lr, seed

@@ -3,7 +3,8 @@
 The paper trains with batches of 8 for 204,800 steps; here they are 64, and the steps a sixteenth,
 so half as many sequences are seen. No run stops early: one that makes no mistake at length 256 has
 still to learn to go on beyond. The paper's attention has no MLP, ours has. Vectors of places beyond
-the trained length are as they start.
+the trained length are as they start. "induction_convolved" takes the short convolution away from
+Mamba, and gives it to attention.
 """
 
 import torch
@@ -12,32 +13,43 @@ from torch import nn
 from mamba_tutorial.training import accuracy
 
 _LENGTHS = [2**power for power in range(6, 21)]
+_MAMBA = {"model": "Mamba", "d_model": 64, "n_layer": 2}
 _ATTENTION = {"model": "Transformer", "d_model": 128, "n_layer": 2, "n_head": 8}
+_TRAINING = {
+    "task": "induction_heads",
+    "length": 256,
+    "vocab": 16,
+    "batch": 64,
+    "steps": 12800,
+    "learning_rates": [2e-4, 1e-3],
+    "seeds": [0, 1, 2],
+    "lengths": _LENGTHS,
+    "graph": True,
+    "quick": {
+        "length": 32,
+        "steps": 300,
+        "batch": 32,
+        "tested": 256,
+        "lengths": [32, 64, 128, 256],
+    },
+}
 
 EXPERIMENTS = {
     "induction": {
-        "task": "induction_heads",
-        "length": 256,
-        "vocab": 16,
-        "batch": 64,
-        "steps": 12800,
-        "learning_rates": [2e-4, 1e-3],
-        "seeds": [0, 1, 2],
-        "lengths": _LENGTHS,
-        "graph": True,
-        "quick": {
-            "length": 32,
-            "steps": 300,
-            "batch": 32,
-            "tested": 256,
-            "lengths": [32, 64, 128, 256],
-        },
+        **_TRAINING,
         "models": {
-            "Mamba": {"model": "Mamba", "d_model": 64, "n_layer": 2},
+            "Mamba": _MAMBA,
             "attention, absolute": {**_ATTENTION, "position": "absolute", "max_length": 2**14},
             "attention, RoPE": {**_ATTENTION, "position": "rope"},
             "attention, ALiBi": {**_ATTENTION, "position": "alibi"},
             "S4D": {"layer": "S4D", "d_state": 64, "init": "lin", "layers": 2},
+        },
+    },
+    "induction_convolved": {
+        **_TRAINING,
+        "models": {
+            "Mamba without a convolution": {**_MAMBA, "d_conv": 1},
+            "attention, RoPE, after a convolution": {**_ATTENTION, "position": "rope", "conv": 4},
         },
     },
 }

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mamba_tutorial.attention import Transformer, TransformerConfig
+from mamba_tutorial.attention import Attention, Places, Transformer, TransformerConfig
 from mamba_tutorial.layers import (
     BilinearS4D,
     GRULayer,
@@ -105,6 +105,22 @@ class GatedLayer(nn.Module):
         return u + self.out_proj(y)
 
 
+class Convolved(nn.Module):
+    """attention(c(u)), with c the short causal convolution of a Mamba block, silu included.
+
+    So the tokens just before are seen without being looked for. Arora et al. (2023) put a
+    convolution before the attention that they compare with.
+    """
+
+    def __init__(self, attention: Attention, d_model: int, width: int):
+        super().__init__()
+        self.conv1d, self.attention = CausalConv1d(d_model, width, bias=True), attention
+
+    def forward(self, u: Tensor, where: Places, cache: None) -> Tensor:
+        """Run over a whole sequence, (batch, length, d_model)."""
+        return self.attention(self.conv1d(u)[0], where, cache)
+
+
 def build(entry: dict, vocab: int | None, seed: int) -> nn.Module:
     """Return the model that an entry describes, as it starts with this seed.
 
@@ -168,8 +184,12 @@ def _mamba(
     return model
 
 
-def _transformer(vocab: int, **sizes) -> Transformer:
-    return Transformer(TransformerConfig(vocab_size=vocab, **sizes))
+def _transformer(vocab: int, *, conv: int = 0, **sizes) -> Transformer:
+    """Return a `Transformer`, whose attention reads a convolution of so many tokens, if any."""
+    model = Transformer(TransformerConfig(vocab_size=vocab, **sizes))
+    for layer in model.layers if conv else ():
+        layer.attention = Convolved(layer.attention, model.config.d_model, conv)
+    return model
 
 
 def _gated(

@@ -2,7 +2,9 @@
 
 MQAR is trained at length 256 with 4 to 64 pairs, a number drawn for each batch; the authors of the
 task (Arora et al. 2023) train at lengths 64 to 256 in a fixed order. It is tested at up to 256
-pairs in 1024 tokens.
+pairs in 1024 tokens. In "recall" nothing is learned; "recall_convolved" gives attention the short
+convolution that a Mamba block has, as those authors do, and "recall_starts" gives Mamba another
+start and higher rates.
 
 Copying is trained with one number of tokens for each model. "copying_fixed" is its control: layers
 that are linear and time-invariant, whose state has 4096 numbers a layer, when that of Mamba has 512
@@ -61,36 +63,60 @@ def _copying(task: dict, copiers: list[str], numbers: list[int]) -> dict:
     }
 
 
+_RECALL = {
+    "task": "associative_recall",
+    "length": 256,
+    "pairs": [4, 8, 16, 32, 64],
+    "vocab": 8192,
+    "batch": 64,
+    "steps": 5000,
+    "stop_at": 0.9999,
+    "tested": 256,
+    "tests": _TESTS,
+    "precision": "high",
+    "learning_rates": _RATES,
+    "seeds": [0, 1, 2],
+    "graph": True,
+    "quick": {
+        "steps": 200,
+        "batch": 32,
+        "tested": 128,
+        "vocab": 64,
+        "length": 64,
+        "pairs": [4, 8],
+        "tests": [[4, 64], [8, 64]],
+    },
+}
+
+
 EXPERIMENTS = {
     "recall": {
-        "task": "associative_recall",
-        "length": 256,
-        "pairs": [4, 8, 16, 32, 64],
-        "vocab": 8192,
-        "batch": 64,
-        "steps": 5000,
-        "stop_at": 0.9999,
-        "tested": 256,
-        "tests": _TESTS,
-        "precision": "high",
-        "learning_rates": _RATES,
-        "seeds": [0, 1, 2],
-        "graph": True,
-        "quick": {
-            "steps": 200,
-            "batch": 32,
-            "tested": 128,
-            "vocab": 64,
-            "length": 64,
-            "pairs": [4, 8],
-            "tests": [[4, 64], [8, 64]],
-        },
+        **_RECALL,
         "models": {
             "Mamba, 64 × 4": _mamba(64, 4),
             "Mamba, 64 × 16": _mamba(64, 16),
             "Mamba, 64 × 64": _mamba(64, 64),
             "Mamba, 128 × 64": _mamba(128, 64),
             "attention, 64": _attention(64),
+        },
+    },
+    "recall_convolved": {
+        **_RECALL,
+        "models": {"attention after a convolution, 64": {**_attention(64), "conv": 4}},
+    },
+    "recall_starts": {
+        **_RECALL,
+        "steps": 8000,
+        "learning_rates": [1e-2, 3e-3],
+        "models": {
+            **{
+                f"{d_model} × {d_state}, A near 0, Δ = 1": {
+                    **_mamba(d_model, d_state),
+                    "start": ["A", "dt"],
+                }
+                for d_model, d_state in ((64, 4), (64, 16), (64, 64), (128, 64))
+            },
+            "64 × 64, as usual": _mamba(64, 64),
         },
     },
     "copying": _copying(
