@@ -33,7 +33,6 @@ them. What a step needs is ordered STAGES − 1 steps before, also across the bo
 from mamba_tutorial.kernels._gates import LOG2E
 from mamba_tutorial.kernels._gluon import (
     below,
-    carry,
     decay,
     marks,
     order,
@@ -42,6 +41,7 @@ from mamba_tutorial.kernels._gluon import (
     stack,
 )
 from mamba_tutorial.kernels._triton import async_copy, gl, gluon
+from mamba_tutorial.kernels.selective_scan.forward_in_gluon import join
 
 SECTION = 64  # tokens between two states that the forward pass keeps
 
@@ -128,9 +128,9 @@ def backward(
 ):  # fmt: skip
     """A: (d_state, d_inner); starts: (batch, sections, d_state, d_inner), as all states here.
 
-    ends, spans: of `forward_in_triton.ends`, HALVES for each chunk but the first; shared, own:
-    parts of the gradients, as `selective_scan._results` lays them out. Strides of x, dt, z and dy
-    are in pieces of 16 bytes: so the compiler knows that rows begin at such. begins: as in
+    ends, spans: of `ends`, HALVES for each chunk but the first; shared, own: parts of the
+    gradients, as `selective_scan._results` lays them out. Strides of x, dt, z and dy are in pieces
+    of 16 bytes: so the compiler knows that rows begin at such. begins: as in
     `forward_in_gluon.forward`. WHOLE: d_inner is a multiple of W.
     """
     X: gl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
@@ -175,25 +175,9 @@ def backward(
     known = below(d, d_inner, WHOLE)
     square = _of_channels(known) & (_of_states(n) >= 0)
 
-    A2 = gl.load(A_ptr + at, square, 0.0) * LOG2E
-    G = gl.zeros([P, S, L, CH], gl.float32, STATE)
-    if dlast_ptr is not None:
-        G = gl.load(dlast_ptr + batch * size + at, square, 0.0)
-    if ends_ptr is not None:
-        for later in range(chunks - 1 - part):  # of the chunks after this one, the last first
-            for half in gl.static_range(HALVES):
-                record = HALVES * (batch * (chunks - 1) + later) + half
-                span = _of_channels(gl.load(spans_ptr + record * d_inner + d, known, 0.0))
-                G = carry(G, span, A2, begins_ptr is not None)
-                G += gl.load(ends_ptr + record * size + at, square, 0.0)
     row = gl.arange(0, TILE, layout=gl.SliceLayout(1, PAIR))[:, None]
     col = group * W + gl.arange(0, W, layout=gl.SliceLayout(0, PAIR))
     there = below(col, d_inner, WHOLE)
-    skip, bias = gl.zeros([1, W], gl.float32, PAIR), gl.zeros([1, W], gl.float32, PAIR)
-    if D_ptr is not None:
-        skip = gl.load(D_ptr + col, there, 0.0)[None, :]
-    if bias_ptr is not None:
-        bias = gl.load(bias_ptr + col, there, 0.0)[None, :]
 
     xs = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [STAGES, TILE, W], PLAIN)
     dts = gl.allocate_shared_memory(dt_ptr.dtype.element_ty, [STAGES, TILE, W], PLAIN)
@@ -239,6 +223,24 @@ def backward(
     last = (stop - 1) // SECTION * SECTION
     for e in gl.static_range(STAGES - 1):
         _order_step(buffers, ptrs, strides, columns, last, e, stop, e, COUNT, TILE, TILES)
+
+    # while the first tiles are on their way: what reaches the state at the chunk's end
+    A2 = gl.load(A_ptr + at, square, 0.0) * LOG2E
+    G = gl.zeros([P, S, L, CH], gl.float32, STATE)
+    skip, bias = gl.zeros([1, W], gl.float32, PAIR), gl.zeros([1, W], gl.float32, PAIR)
+    if D_ptr is not None:
+        skip = gl.load(D_ptr + col, there, 0.0)[None, :]
+    if bias_ptr is not None:
+        bias = gl.load(bias_ptr + col, there, 0.0)[None, :]
+    if dlast_ptr is not None:
+        G = gl.load(dlast_ptr + batch * size + at, square, 0.0)
+    if ends_ptr is not None:
+        # of the chunks after this one, the last first
+        record, later = HALVES * batch * (chunks - 1), HALVES * (chunks - 1 - part)
+        G = join(
+            G, A2, ends_ptr, spans_ptr, record, later, size, at, square, d_inner, _of_channels(d),
+            _of_channels(known), begins_ptr is not None,
+        )  # fmt: skip
     slot = 0
     for first in range(last, begin - 1, -SECTION):
         # forwards: the state before each tile
