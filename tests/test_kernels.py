@@ -300,11 +300,10 @@ def test_ends_in_gluon_joined(name, reverse, share):
         upstream = [dy[:, part].double(), h.double()]
         (right,) = torch.autograd.grad([y, right], before, upstream)
 
-    A, B, C = kernel._prepared(given["A"], given["B"], given["C"])
+    A, B, C, begins = kernel._prepared(given["A"], given["B"], given["C"], starts)
     u, V, z = (dy, C, given["z"]) if reverse else (given["x"], B, None)
     u, dt, z = (kernel._rows(tensor, True) for tensor in (u, given["dt"], z))
     sizes, config = (length, chunk, *shape[2:]), kernel._config(d_state, True, False)
-    begins = kernel._marked(starts)
     ends, spans = kernel._run_ends(u, dt, A, V, z, given["dt_bias"], begins, sizes, config, reverse)
     h, spans = h.mT.double(), spans.unsqueeze(3).double()
     for end, span in zip(ends.flatten(1, 2).unbind(1), spans.flatten(1, 2).unbind(1), strict=True):
@@ -703,8 +702,8 @@ def build(kernel, constants):
     signature = {
         name: "constexpr" if name in constants
         else "*bf16" if name in half
-        else "*u8" if name == "begins_ptr" and not kernel.is_gluon()
-        else "*i64" if name in {"begins_ptr", "words_ptr"}
+        else "*u8" if kernel is plain.around.prepare and name == "starts_ptr"
+        else "*i64" if name == "words_ptr"
         else "*fp32" if name.endswith("_ptr")
         else "i32"
         for name in kernel.arg_names

@@ -211,10 +211,10 @@ def test_what_chunks_give_to_the_next(length, place, monkeypatch):
     starts, chunk, before = marked(place, 1, length), 64, normal(1, 4, 3).float()
     double = {name: t.double() for name, t in given.items()}
     options = {"dt_softplus": True, "return_last_state": True, "backend": "sequential"}
-    x, dt, A, B, _, _, _, bias = given.values()
-    A = A.mT.contiguous()
+    x, dt, A, B, C, _, _, bias = given.values()
+    A, B, _, begins = kernel._prepared(A, B, C, starts)
     sizes, config = (length, chunk, 4, 3), kernel._config(3, dt_softplus=True, exact=False)
-    packed = x, dt, A, B, None, bias, kernel._marked(starts)
+    packed = x, dt, A, B, None, bias, begins
     ends, spans = kernel._run_ends(*packed, sizes, config, reverse=False)
     h = before.mT.double()
     for end, span in zip(ends.flatten(0, 2), spans.flatten(0, 2), strict=True):

@@ -79,8 +79,8 @@ def forward(
         return y, h_last.mT[:, :d_state].contiguous().mT, starts
     x, dt, z = (_rows(tensor, staged) for tensor in (x, dt, z))
     B, C = _rows(B, False), _rows(C, False)
-    D, dt_bias, h0, begins = _float(D), _float(dt_bias), _transposed(_float(h0)), _marked(begins)
-    A, B, C = _prepared(A, B, C)
+    D, dt_bias, h0 = _float(D), _float(dt_bias), _transposed(_float(h0))
+    A, B, C, begins = _prepared(A, B, C, begins)
     every = spacing(x, d_state, exact) if keep else None
     return _run(x, dt, A, B, C, D, z, dt_bias, h0, begins, dt_softplus, exact, every)
 
@@ -126,8 +126,7 @@ def backward(
         return *of_tokens, shared[..., :n].contiguous(), own, dh0.mT[:, :n].contiguous().mT
     x, dt, z = (_rows(tensor, staged) for tensor in (x, dt, z))
     B, C = _rows(B, False), _rows(C, False)
-    D, dt_bias = _float(D), _float(dt_bias)
-    begins, dh_last = _marked(begins), _transposed(_float(dh_last))
+    D, dt_bias, dh_last = _float(D), _float(dt_bias), _transposed(_float(dh_last))
     dy = torch.zeros_like(x) if dy is None else _rows(dy, staged)
     run = _run_gluon_backward if staged else _run_backward
     given = x, dt, A, B, C, D, z, dt_bias, begins, starts, dy, dh_last
@@ -136,24 +135,27 @@ def backward(
     return dx, ddt, x.new_empty(0) if z is None else dz, shared, own, dh0.mT
 
 
-def _prepared(A, B, C, zeros=None):
-    """Return A turned, (d_state, d_inner), and B and C, all of float32, by one kernel.
+def _prepared(A, B, C, begins, zeros=None):
+    """Return A turned, (d_state, d_inner), B, C, and what begins adds to exponents, if given.
 
-    It also fills `zeros`, if there is such a tensor.
+    All are of float32 and without gaps, made by one kernel. It also fills `zeros`, if given.
     """
     (d_inner, d_state), (batch, length, _) = A.shape, B.shape
     A, turned = A.contiguous(), A.new_empty(d_state, d_inner, dtype=torch.float32)
     shared = turned.new_empty(2, batch, length, d_state)
+    starts = marks = None
+    if begins is not None:
+        starts, marks = begins.contiguous().view(torch.uint8), turned.new_empty(batch, length)
     ROWS, ZEROS, count = 128, 4096, 0 if zeros is None else zeros.numel()
     programs = triton.cdiv(batch * length, ROWS) + triton.cdiv(d_inner, ROWS)
     programs += triton.cdiv(count, ZEROS)
     with on(A):
         around.prepare[(programs,)](
-            *(A, B, C, turned, *shared, zeros, batch * length, length, d_inner, d_state, count),
-            *_strides(B), *_strides(C), ROWS=ROWS, BLOCK_N=triton.next_power_of_2(d_state),
-            ZEROS=ZEROS, num_warps=4,
+            *(A, B, C, starts, turned, *shared, marks, zeros),
+            *(batch * length, length, d_inner, d_state, count), *_strides(B), *_strides(C),
+            ROWS=ROWS, BLOCK_N=triton.next_power_of_2(d_state), ZEROS=ZEROS, num_warps=4,
         )  # fmt: skip
-    return turned, *shared
+    return turned, *shared, marks
 
 
 def _sums(shared: Tensor, own: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -192,18 +194,17 @@ def _run(x, dt, A, B, C, D, z, dt_bias, h0, begins, dt_softplus, exact, every):
         if chunks > 1:
             given = x, dt, A, B, None, dt_bias, begins
             ends, spans = _run_ends(*given, sizes, config, reverse=False)
-        begins = _words(begins) if in_gluon else begins
         given = x, dt, A, B, C, D, z, dt_bias, h0, begins, ends, spans, y, starts, h_last
         how = {"HALVES": ends.shape[2] if chunks > 1 else 0, "EVERY": every or length}
         grid = (batch * chunks * blocks,)
         if in_gluon:
             forward_in_gluon.forward[grid](
                 *given, length, chunk, d_inner,
-                *_pieces(x), *_pieces(dt), *_pieces(z), _strides(begins)[0],
+                *_pieces(x), *_pieces(dt), *_pieces(z),
                 SOFTPLUS=dt_softplus, WHOLE=d_inner % LANES == 0, **how, **constants,
             )  # fmt: skip
         else:
-            strides = *_strides(x), *_strides(dt), *_strides(z), _strides(begins)[0]
+            strides = *_strides(x), *_strides(dt), *_strides(z)
             forward_in_triton.forward[grid](*given, *sizes, *strides, **how, **config)
     return y, h_last.mT, starts
 
@@ -221,10 +222,10 @@ def _run_ends(u, dt, A, V, z, dt_bias, begins, sizes, config, reverse):
     given = ends, spans, share, length, chunk, d_inner
     programs = batch * chunks * blocks
     if _takes(u, d_state, config["EXACT"]):
-        constants, begins = forward_in_gluon.ends_config(d_state), _words(begins)
+        constants = forward_in_gluon.ends_config(d_state)
         forward_in_gluon.ends[programs, d_state // constants["N"]](
             u, dt, A, V, z, dt_bias, begins, *given,
-            *_pieces(u), *_pieces(dt), *_pieces(z), _strides(begins)[0],
+            *_pieces(u), *_pieces(dt), *_pieces(z),
             HALVES=halves, SOFTPLUS=config["SOFTPLUS"], WHOLE=d_inner % LANES == 0,
             REVERSE=reverse, **constants,
         )  # fmt: skip
@@ -232,7 +233,7 @@ def _run_ends(u, dt, A, V, z, dt_bias, begins, sizes, config, reverse):
         config = config | _config(min(d_state, STATES), config["SOFTPLUS"], config["EXACT"])
         forward_in_triton.ends[programs, triton.cdiv(d_state, STATES)](
             u, dt, A, V, dt_bias, begins, *given, d_state,
-            *_strides(u), *_strides(dt), _strides(begins)[0], HALVES=halves, **config,
+            *_strides(u), *_strides(dt), HALVES=halves, **config,
         )  # fmt: skip
     return ends, spans
 
@@ -252,8 +253,8 @@ def _run_backward(x, dt, A, B, C, D, z, dt_bias, begins, starts, dy, dh_last, dt
     batch, length, d_inner = x.shape
     d_state, blocks = A.shape[1], triton.cdiv(d_inner, BACKWARD_D)
     results = _results(x, dt, z, d_state, slots=batch, blocks=blocks)
-    A, B, C = _prepared(A, B, C)
-    strides = *_strides(x), *_strides(dt), *_strides(z), _strides(begins)[0], *_strides(dy)
+    A, B, C, begins = _prepared(A, B, C, begins)
+    strides = *_strides(x), *_strides(dt), *_strides(z), *_strides(dy)
     given = x, dt, A, B, C, D, z, dt_bias, begins, starts, dy, dh_last
     config = _config(d_state, dt_softplus, exact) | {"BLOCK_D": BACKWARD_D}
     with on(x):
@@ -275,16 +276,15 @@ def _run_gluon_backward(
     chunks = triton.cdiv(length, chunk)
     # two groups of channels share a part of the sums for B and C, which they add to
     results = _results(x, dt, z, d_state, slots=batch * chunks, blocks=triton.cdiv(groups, 2))
-    A, B, C = _prepared(A, B, C, zeros=results[3])
+    A, B, C, begins = _prepared(A, B, C, begins, zeros=results[3])
     ends = spans = None
     with on(x):
         if chunks > 1:
             sizes, config = (length, chunk, d_inner, d_state), _config(d_state, dt_softplus, exact)
             given = dy, dt, A, C, z, dt_bias, begins
             ends, spans = _run_ends(*given, sizes, config, reverse=True)
-        begins = _words(begins)
         given = x, dt, A, B, C, D, z, dt_bias, begins, starts, dy, dh_last, ends, spans
-        strides = *_pieces(x), *_pieces(dt), *_pieces(z), _strides(begins)[0], *_pieces(dy)
+        strides = *_pieces(x), *_pieces(dt), *_pieces(z), *_pieces(dy)
         backward_in_gluon.backward[(batch * chunks * groups,)](
             *given, *results, length, chunk, d_inner, *strides,
             HALVES=ends.shape[2] if chunks > 1 else 0, SOFTPLUS=dt_softplus,
@@ -370,20 +370,6 @@ def _rows(tensor: Tensor | None, staged: bool) -> Tensor | None:
     if tensor.stride(-1) == 1 and not (staged and not aligned(tensor)):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _marked(begins: Tensor | None) -> Tensor | None:
-    """Return a byte for each token, 1 where a sequence begins, and zeros up to a whole section."""
-    if begins is None:
-        return None
-    missing = -begins.shape[1] % SECTION
-    begins = F.pad(begins, (0, missing)) if missing else _rows(begins, True)
-    return begins.view(torch.uint8)
-
-
-def _words(begins: Tensor | None) -> Tensor | None:
-    """Return the same eight bytes at a time."""
-    return None if begins is None else begins.view(torch.int64)
 
 
 def _padded(tensor: Tensor | None, states: int) -> Tensor | None:

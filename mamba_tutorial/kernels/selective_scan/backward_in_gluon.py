@@ -34,7 +34,6 @@ from mamba_tutorial.kernels._gates import LOG2E
 from mamba_tutorial.kernels._gluon import (
     below,
     decay,
-    marks,
     order,
     sigmoid,
     softplus,
@@ -121,7 +120,7 @@ def backward(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, begins_ptr, starts_ptr, dy_ptr,
     dlast_ptr, ends_ptr, spans_ptr,
     dx_ptr, ddt_ptr, dz_ptr, shared_ptr, own_ptr, dh0_ptr, length, chunk, d_inner,
-    x_batch, x_row, dt_batch, dt_row, z_batch, z_row, begins_batch, dy_batch, dy_row,
+    x_batch, x_row, dt_batch, dt_row, z_batch, z_row, dy_batch, dy_row,
     HALVES: gl.constexpr, SOFTPLUS: gl.constexpr, WHOLE: gl.constexpr, N: gl.constexpr,
     S: gl.constexpr, L: gl.constexpr, TILE: gl.constexpr, SECTION: gl.constexpr,
     STAGES: gl.constexpr,
@@ -204,15 +203,19 @@ def backward(
         x_ptr + batch * x_batch * X + group * W, dt_ptr + batch * dt_batch * DT + group * W,
         B_ptr + tokens * N, dy_ptr + batch * dy_batch * DY + group * W, C_ptr + tokens * N,
     )  # fmt: skip
-    COUNT: gl.constexpr = 5 if z_ptr is None else 6
+    COUNT: gl.constexpr = 5 + (z_ptr is not None) + (begins_ptr is not None)
     if z_ptr is not None:
         zs = gl.allocate_shared_memory(z_ptr.dtype.element_ty, [STAGES, TILE, W], PLAIN)
         Z: gl.constexpr = 128 // z_ptr.dtype.element_ty.primitive_bitwidth
         buffers, strides, columns = buffers + (zs,), strides + (z_row * Z,), columns + (left,)
         ptrs = ptrs + (z_ptr + batch * z_batch * Z + group * W,)
-    starts_ptr += batch * gl.cdiv(length, SECTION) * size
+    begin_rows = None
     if begins_ptr is not None:
-        begins_ptr += batch * begins_batch
+        begins = gl.allocate_shared_memory(gl.float32, [STAGES, TILE, 1], PLAIN)
+        begin_rows = begins._reinterpret(gl.float32, [STAGES * TILE, 1, 1, 1, 1], KEPT)
+        buffers, strides, columns = buffers + (begins,), strides + (1,), columns + (1,)
+        ptrs = ptrs + (begins_ptr + tokens,)
+    starts_ptr += batch * gl.cdiv(length, SECTION) * size
     rows = (batches * length).to(gl.int64)
     dB_ptr = shared_ptr + (group // 2 * 2 * rows + tokens) * N
     dC_ptr = dB_ptr + rows * N
@@ -257,12 +260,12 @@ def backward(
             _order_step(
                 buffers, ptrs, strides, columns, first, ahead, stop, free, COUNT, TILE, TILES
             )
-            words = marks(begins_ptr, first + i * TILE, TILE)
             for k in gl.static_range(TILE):
                 step_k = _of_channels(step_rows.index(k).load(OVER_D))
                 drive_k = _of_channels(drive_rows.index(k).load(OVER_D))
                 B_k = _of_states(B_rows.index(slot * TILE + k).load(OVER_N))
-                h = gl.fma(decay(step_k * A2, begins_ptr, words, k), h, drive_k * B_k)
+                a = decay(step_k, A2, begin_rows, slot * TILE + k)
+                h = gl.fma(a, h, drive_k * B_k)
             slot = gl.where(slot + 1 == STAGES, 0, slot + 1)
         kept.index(TILES - 1).store(h)
 
@@ -291,7 +294,6 @@ def backward(
             )
 
             h = kept.index(2 * TILES - 2 - i).load(STATE)
-            words = marks(begins_ptr, start, TILE)
             before, decays, ys, dCs = (), (), (), ()
             for k in gl.static_range(TILE):
                 step_k = _of_channels(step_rows.index(k).load(OVER_D))
@@ -299,7 +301,7 @@ def backward(
                 upstream_k = _of_channels(upstream_rows.index(k).load(OVER_D))
                 B_k = _of_states(B_rows.index(slot * TILE + k).load(OVER_N))
                 C_k = _of_states(C_rows.index(slot * TILE + k).load(OVER_N))
-                a = decay(step_k * A2, begins_ptr, words, k)
+                a = decay(step_k, A2, begin_rows, slot * TILE + k)
                 before = before + (h,)
                 if k < TILE - 1:
                     decays = decays + (a,)
@@ -331,7 +333,7 @@ def backward(
                 if k < TILE - 1:
                     G = decays[k] * g
                 else:
-                    G = decay(step_k * A2, begins_ptr, words, k) * g
+                    G = decay(step_k, A2, begin_rows, slot * TILE + k) * g
                 dlog = G * before[k]  # the gradient of Δ A
                 dA = gl.fma(dlog, step_k, dA)
                 dxs = (gl.sum(g * B_k, axis=1),) + dxs

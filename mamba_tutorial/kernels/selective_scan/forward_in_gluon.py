@@ -16,12 +16,11 @@ A tile of TILE tokens takes three steps, with a barrier after each:
 3. y = Σ_n C h + D x, gated.
 """
 
-from mamba_tutorial.kernels._gates import LOG2E, NEVER
+from mamba_tutorial.kernels._gates import LOG2E
 from mamba_tutorial.kernels._gluon import (
     below,
     carry,
     decay,
-    marks,
     order,
     sigmoid,
     softplus,
@@ -58,10 +57,11 @@ def step_size(dt, inside, SOFTPLUS: gl.constexpr):
 
 
 @gluon.jit
-def decays_and_inputs(steps, drives, rows, slot, A2, begins_ptr, words, TILE: gl.constexpr):
+def decays_and_inputs(steps, drives, rows, slot, A2, begins, TILE: gl.constexpr):
     """Return a tile's 2^(Δ A2) and Δ x B, as many tensors [P, S, W] each as it has tokens.
 
-    steps: Δ, [TILE, W]; drives: Δ x; rows: B, a tile after the other, [STAGES · TILE, P, S].
+    steps: Δ, [TILE, W]; drives: Δ x; rows: B, a tile after the other, [STAGES · TILE, P, S]; begins
+    likewise, as `decay` takes it.
     """
     OVER_N: gl.constexpr = gl.SliceLayout(2, A2.type.layout)
     OVER_D: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, A2.type.layout))
@@ -70,7 +70,7 @@ def decays_and_inputs(steps, drives, rows, slot, A2, begins_ptr, words, TILE: gl
         step = gl.expand_dims(gl.expand_dims(steps.index(k).load(OVER_D), 0), 1)
         drive = gl.expand_dims(gl.expand_dims(drives.index(k).load(OVER_D), 0), 1)
         B = gl.expand_dims(rows.index(slot * TILE + k).load(OVER_N), 2)
-        decays = decays + (decay(step * A2, begins_ptr, words, k),)
+        decays = decays + (decay(step, A2, begins, slot * TILE + k),)
         inputs = inputs + (drive * B,)
     return decays, inputs
 
@@ -99,14 +99,14 @@ def join(h, A2, ends_ptr, spans_ptr, first, count, size, at, square, d_inner, d,
 def forward(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, h0_ptr, begins_ptr, ends_ptr,
     spans_ptr, y_ptr, starts_ptr, last_ptr,
-    length, chunk, d_inner, x_batch, x_row, dt_batch, dt_row, z_batch, z_row, begins_batch,
+    length, chunk, d_inner, x_batch, x_row, dt_batch, dt_row, z_batch, z_row,
     HALVES: gl.constexpr, EVERY: gl.constexpr, SOFTPLUS: gl.constexpr, WHOLE: gl.constexpr,
     N: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """As `forward_in_triton.forward`; B and C without gaps; WHOLE: d_inner is a multiple of W.
 
     Strides of x, dt and z are in pieces of 16 bytes: so the compiler knows that rows begin at such.
-    begins: in words of eight bytes, a byte for each token, up to a whole section.
+    begins: for each token NEVER where a sequence begins, else 0.
     """
     X: gl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     DT: gl.constexpr = 128 // dt_ptr.dtype.element_ty.primitive_bitwidth
@@ -161,15 +161,19 @@ def forward(
         dt_ptr + (batch * dt_batch + first * dt_row) * DT + group * W,
         B_ptr + token * N, C_ptr + token * N,
     )  # fmt: skip
-    COUNT: gl.constexpr = 4 if z_ptr is None else 5
+    COUNT: gl.constexpr = 4 + (z_ptr is not None) + (begins_ptr is not None)
     if z_ptr is not None:
         zs = gl.allocate_shared_memory(z_ptr.dtype.element_ty, [STAGES, TILE, W], PLAIN)
         Z: gl.constexpr = 128 // z_ptr.dtype.element_ty.primitive_bitwidth
         buffers, strides, columns = buffers + (zs,), strides + (z_row * Z,), columns + (left,)
         ptrs = ptrs + (z_ptr + (batch * z_batch + first * z_row) * Z + group * W,)
-    y_ptr += token * d_inner
+    begin_rows = None
     if begins_ptr is not None:
-        begins_ptr += batch * begins_batch + first // 8
+        begins = gl.allocate_shared_memory(gl.float32, [STAGES, TILE, 1], PLAIN)
+        begin_rows = begins._reinterpret(gl.float32, [STAGES * TILE, 1, 1, 1], CUBE)
+        buffers, strides, columns = buffers + (begins,), strides + (1,), columns + (1,)
+        ptrs = ptrs + (begins_ptr + token,)
+    y_ptr += token * d_inner
     if starts_ptr is not None:
         starts_ptr += (batch * gl.cdiv(length, EVERY) + first // EVERY) * size
     for i in gl.static_range(STAGES - 1):
@@ -207,9 +211,8 @@ def forward(
             if start % EVERY == 0:
                 gl.store(starts_ptr + (start // EVERY).to(gl.int64) * size + at, h, real)
 
-        words = marks(begins_ptr, start, TILE)
         decays, inputs = decays_and_inputs(
-            step_rows, drive_rows, B_rows, slot, A2, begins_ptr, words, TILE
+            step_rows, drive_rows, B_rows, slot, A2, begin_rows, TILE
         )
         ys = ()
         for k in gl.static_range(TILE):
@@ -239,7 +242,7 @@ def _start(i, tiles, TILE: gl.constexpr, REVERSE: gl.constexpr):
 @gluon.jit
 def ends(
     u_ptr, dt_ptr, A_ptr, V_ptr, z_ptr, bias_ptr, begins_ptr, ends_ptr, spans_ptr, share,
-    length, chunk, d_inner, u_batch, u_row, dt_batch, dt_row, z_batch, z_row, begins_batch,
+    length, chunk, d_inner, u_batch, u_row, dt_batch, dt_row, z_batch, z_row,
     HALVES: gl.constexpr, SOFTPLUS: gl.constexpr, WHOLE: gl.constexpr, REVERSE: gl.constexpr,
     N: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -263,6 +266,7 @@ def ends(
     PAIR: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [P, 1], [1, 0])  # [TILE, W]
     ROW: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    CUBE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
 
     chunks, d_state = gl.cdiv(length, chunk), N * gl.num_programs(1)
     group, part, batch = place(length, chunk, d_inner)
@@ -288,11 +292,16 @@ def ends(
     buffers, strides = (us, dts, Vs), (u_row * U, dt_row * DT, d_state)
     left = W if WHOLE else d_inner - group * W
     columns = (left, left, N)
-    COUNT: gl.constexpr = 3 if z_ptr is None else 4
+    COUNT: gl.constexpr = 3 + (z_ptr is not None) + (begins_ptr is not None)
     if z_ptr is not None:
         zs = gl.allocate_shared_memory(z_ptr.dtype.element_ty, [STAGES, TILE, W], PLAIN)
         Z: gl.constexpr = 128 // z_ptr.dtype.element_ty.primitive_bitwidth
         buffers, strides, columns = buffers + (zs,), strides + (z_row * Z,), columns + (left,)
+    begin_rows = None
+    if begins_ptr is not None:
+        begins = gl.allocate_shared_memory(gl.float32, [STAGES, TILE, 1], PLAIN)
+        begin_rows = begins._reinterpret(gl.float32, [STAGES * TILE, 1, 1, 1], CUBE)
+        buffers, strides, columns = buffers + (begins,), strides + (1,), columns + (1,)
 
     for half in range(2 - HALVES, 2):
         begin, end = part * share, part * chunk  # the tail of the chunk before
@@ -309,6 +318,8 @@ def ends(
         )  # fmt: skip
         if z_ptr is not None:
             ptrs = ptrs + (z_ptr + (batch * z_batch + first * z_row) * Z + group * W,)
+        if begins_ptr is not None:
+            ptrs = ptrs + (begins_ptr + batch * length + first,)
         for i in gl.static_range(STAGES - 1):
             start = _start(gl.to_tensor(i), tiles, TILE, REVERSE)
             order(buffers, ptrs, strides, columns, start, tokens, i, COUNT)
@@ -320,16 +331,13 @@ def ends(
         slot = 0
         for i in range(tiles):
             start = _start(i, tiles, TILE, REVERSE)
-            words = ()
-            if begins_ptr is not None:
-                words = marks(begins_ptr + batch * begins_batch + first // 8, start, TILE)
-                for word in gl.static_range(TILE // 8):
-                    span += gl.where(words[word] != 0, NEVER, 0.0)
             async_copy.wait_group(STAGES - 2)
             u = us.index(slot).load(PAIR).to(gl.float32)
             dt = dts.index(slot).load(PAIR).to(gl.float32)
             step = step_size(dt + bias[None, :], start + row < tokens, SOFTPLUS)
             span += step
+            if begins_ptr is not None:
+                span += begins.index(slot).load(PAIR)
             if not REVERSE:
                 u *= step
             if z_ptr is not None:
@@ -341,7 +349,7 @@ def ends(
             ahead = _start(i + STAGES - 1, tiles, TILE, REVERSE)
             order(buffers, ptrs, strides, columns, ahead, tokens, free, COUNT)
             decays, inputs = decays_and_inputs(
-                step_rows, drive_rows, V_rows, slot, A2, begins_ptr, words, TILE
+                step_rows, drive_rows, V_rows, slot, A2, begin_rows, TILE
             )
             for k in gl.static_range(TILE):
                 if REVERSE:

@@ -15,7 +15,7 @@ five that each of the 16 states takes, and 16 of those are exponentials, for whi
 fewest units.
 """
 
-from mamba_tutorial.kernels._gates import LOG2E, NEVER, carry, sigmoid, softplus
+from mamba_tutorial.kernels._gates import LOG2E, carry, sigmoid, softplus
 from mamba_tutorial.kernels._triton import tl, triton
 
 
@@ -44,7 +44,7 @@ def step_size(dt, inside, SOFTPLUS: tl.constexpr):
 @triton.jit
 def closed(begins_ptr, row, inside):
     """Return what to add to the exponents of the decays: NEVER where a sequence begins, else 0."""
-    return tl.where(tl.load(begins_ptr + row, inside, 0) != 0, NEVER, 0.0)
+    return tl.load(begins_ptr + row, inside, 0.0)
 
 
 @triton.jit
@@ -70,13 +70,13 @@ def place(rows, chunks, BLOCK_D: tl.constexpr):
 def forward(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, h0_ptr, begins_ptr, ends_ptr,
     spans_ptr, y_ptr, starts_ptr, last_ptr,
-    length, chunk, d_inner, d_state, x_batch, x_row, dt_batch, dt_row, z_batch, z_row, begins_batch,
+    length, chunk, d_inner, d_state, x_batch, x_row, dt_batch, dt_row, z_batch, z_row,
     HALVES: tl.constexpr, EVERY: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """A: (d_state, d_inner); h0, ends, starts, last: (batch, …, d_state, d_inner), float32.
 
-    begins: a byte for each token, not 0 where a new sequence begins.
+    begins: for each token NEVER where a new sequence begins, else 0.
     """
     chunks = tl.cdiv(length, chunk)
     block, part, batch = place(d_inner, chunks, BLOCK_D)
@@ -111,7 +111,7 @@ def forward(
     C_ptr += token * d_state
     y_ptr += token * d_inner
     if begins_ptr is not None:
-        begins_ptr += batch * begins_batch + first
+        begins_ptr += token
     if z_ptr is not None:
         z_ptr += batch * z_batch + first * z_row
     if starts_ptr is not None:
@@ -151,7 +151,7 @@ def forward(
 @triton.jit
 def ends(
     x_ptr, dt_ptr, A_ptr, B_ptr, bias_ptr, begins_ptr, ends_ptr, spans_ptr, share,
-    length, chunk, d_inner, d_state, x_batch, x_row, dt_batch, dt_row, begins_batch,
+    length, chunk, d_inner, d_state, x_batch, x_row, dt_batch, dt_row,
     HALVES: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -204,7 +204,7 @@ def ends(
             if EXACT:
                 b *= exprel(step[:, None, :] * A, a)
             if begins_ptr is not None:
-                barrier = closed(begins_ptr + batch * begins_batch + first, row, inside)
+                barrier = closed(begins_ptr + batch * length + first, row, inside)
                 a = tl.exp2(exponent + barrier[:, :, None])
                 span += barrier
             for k in tl.static_range(TILE):
