@@ -46,7 +46,7 @@ def _carry(h, span, A2, CUT: tl.constexpr):
     if CUT:
         h = tl.where(span < 0, 0.0, h)
         span = tl.maximum(span, 0.0)
-    half = tl.exp2(span * A2 * 0.5)
+    half = tl.exp2(span * 0.5 * A2)
     return tl.where(h == 0, 0.0, half * (half * h))
 
 

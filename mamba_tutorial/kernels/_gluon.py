@@ -11,7 +11,6 @@ from types import FunctionType
 from torch import Tensor
 
 from mamba_tutorial.kernels import _gates
-from mamba_tutorial.kernels._gates import NEVER
 from mamba_tutorial.kernels._launch import generation
 from mamba_tutorial.kernels._triton import async_copy, gl, gluon, triton
 
@@ -55,20 +54,14 @@ def below(index, count, ALWAYS: gl.constexpr):
 
 
 @gluon.jit
-def marks(begins_ptr, first, TILE: gl.constexpr):
-    """Return the marks of a tile's tokens, a byte for each, eight to a word; () without marks."""
-    words = ()
-    if begins_ptr is not None:
-        for i in gl.static_range(TILE // 8):
-            words = words + (gl.load(begins_ptr + first // 8 + i),)
-    return words
+def decay(step, A2, begins, token):
+    """Return 2^(step A2), of A2's layout; 0 where a sequence begins, if it is known where.
 
-
-@gluon.jit
-def decay(exponent, begins_ptr, words, k: gl.constexpr):
-    """Return 2^exponent; 0 if token k of a tile is marked in its words, where there are such."""
-    if begins_ptr is not None:
-        exponent += gl.where((words[k // 8] >> (8 * (k % 8))) & 255 != 0, NEVER, 0.0)
+    begins: None, or for each token of shared memory one number, 0 or NEVER, [tokens, 1, …].
+    """
+    exponent = step * A2
+    if begins is not None:
+        exponent += begins.index(token).load(A2.type.layout)
     return gl.exp2(exponent)
 
 
@@ -76,11 +69,12 @@ def decay(exponent, begins_ptr, words, k: gl.constexpr):
 def fetch(buffer, ptr, low, high, stride, columns):
     """Begin to copy a tile into the buffer, in pieces of 16 bytes, the largest there are.
 
-    Rows outside [low, high), and pieces beyond the last column, become zero.
+    Where there is one column, each row is a piece. Rows outside [low, high), and pieces beyond the
+    last column, become zero.
     """
     ROWS: gl.constexpr = buffer.shape[0]
     COLUMNS: gl.constexpr = buffer.shape[1]
-    PIECE: gl.constexpr = 128 // buffer.dtype.primitive_bitwidth
+    PIECE: gl.constexpr = 1 if COLUMNS == 1 else 128 // buffer.dtype.primitive_bitwidth
     LANES: gl.constexpr = 32 if COLUMNS > 32 * PIECE else COLUMNS // PIECE
     LAYOUT: gl.constexpr = gl.BlockedLayout(
         [1, PIECE], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0]

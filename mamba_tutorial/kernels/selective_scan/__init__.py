@@ -9,7 +9,7 @@ size (batch, length, d_inner, d_state) never leave the chip.
 - `forward_in_gluon`, `backward_in_gluon`: for up to 128 states, B by Euler's rule, and Ampere or
   later (`_takes`).
 - `around`: what is needed before and after. A short sequence is over as soon as kernels are
-  started; so float32 copies of B and C, A turned, and sums, take one kernel before and two after.
+  started; so float32 copies of B and C, A turned, and zeros, take one kernel, and all sums another.
 
 **Few sequences** give few warps. Then the length is cut into chunks. `ends` finds what each chunk
 but the last adds to the state, and how long it is in units of Δ; the decay over a chunk is
@@ -46,7 +46,7 @@ LANES = 32
 BACKWARD_D = 8  # channels of a program of `backward`
 RESIDENT = 8  # programs of `forward` for each multiprocessor, where the length is cut
 SECTION = backward_in_gluon.SECTION  # tokens; a chunk has some of them
-STATES = 16  # of a program of `ends`, at most
+STATES = 16  # of a program of `ends` in Triton, at most
 
 
 def forward(
@@ -79,8 +79,8 @@ def forward(
         return y, h_last.mT[:, :d_state].contiguous().mT, starts
     x, dt, z = (_rows(tensor, staged) for tensor in (x, dt, z))
     B, C = _rows(B, False), _rows(C, False)
-    D, dt_bias, h0 = (_float(tensor) for tensor in (D, dt_bias, h0))
-    A, B, C, begins = *_prepared(A, B, C), _marked(begins)
+    D, dt_bias, h0 = _float(D), _float(dt_bias), _transposed(_float(h0))
+    A, B, C, begins = _prepared(A, B, C, begins)
     every = spacing(x, d_state, exact) if keep else None
     return _run(x, dt, A, B, C, D, z, dt_bias, h0, begins, dt_softplus, exact, every)
 
@@ -126,29 +126,36 @@ def backward(
         return *of_tokens, shared[..., :n].contiguous(), own, dh0.mT[:, :n].contiguous().mT
     x, dt, z = (_rows(tensor, staged) for tensor in (x, dt, z))
     B, C = _rows(B, False), _rows(C, False)
-    D, dt_bias = _float(D), _float(dt_bias)
-    A, B, C, begins = *_prepared(A, B, C), _marked(begins)
+    D, dt_bias, dh_last = _float(D), _float(dt_bias), _transposed(_float(dh_last))
     dy = torch.zeros_like(x) if dy is None else _rows(dy, staged)
     run = _run_gluon_backward if staged else _run_backward
-    given = x, dt, A, B, C, D, z, dt_bias, begins, starts, dy, _transposed(_float(dh_last))
+    given = x, dt, A, B, C, D, z, dt_bias, begins, starts, dy, dh_last
     dx, ddt, dz, shared, own, dh0 = run(*given, dt_softplus, exact)
     shared, own = _sums(shared, own, dtype)
     return dx, ddt, x.new_empty(0) if z is None else dz, shared, own, dh0.mT
 
 
-def _prepared(A, B, C):
-    """Return A turned, (d_state, d_inner), and B and C, all of float32, by one kernel."""
+def _prepared(A, B, C, begins, zeros=None):
+    """Return A turned, (d_state, d_inner), B, C, and what begins adds to exponents, if given.
+
+    All are of float32 and without gaps, made by one kernel. It also fills `zeros`, if given.
+    """
     (d_inner, d_state), (batch, length, _) = A.shape, B.shape
     A, turned = A.contiguous(), A.new_empty(d_state, d_inner, dtype=torch.float32)
     shared = turned.new_empty(2, batch, length, d_state)
-    ROWS, BLOCK_N = 128, triton.next_power_of_2(d_state)
-    grid = (triton.cdiv(batch * length, ROWS) + triton.cdiv(d_inner, ROWS),)
+    starts = marks = None
+    if begins is not None:
+        starts, marks = begins.contiguous().view(torch.uint8), turned.new_empty(batch, length)
+    ROWS, ZEROS, count = 128, 4096, 0 if zeros is None else zeros.numel()
+    programs = triton.cdiv(batch * length, ROWS) + triton.cdiv(d_inner, ROWS)
+    programs += triton.cdiv(count, ZEROS)
     with on(A):
-        around.prepare[grid](
-            *(A, B, C, turned, *shared, batch * length, length, d_inner, d_state),
-            *_strides(B), *_strides(C), ROWS=ROWS, BLOCK_N=BLOCK_N, num_warps=4,
+        around.prepare[(programs,)](
+            *(A, B, C, starts, turned, *shared, marks, zeros),
+            *(batch * length, length, d_inner, d_state, count), *_strides(B), *_strides(C),
+            ROWS=ROWS, BLOCK_N=triton.next_power_of_2(d_state), ZEROS=ZEROS, num_warps=4,
         )  # fmt: skip
-    return turned, *shared
+    return turned, *shared, marks
 
 
 def _sums(shared: Tensor, own: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -179,7 +186,7 @@ def _run(x, dt, A, B, C, D, z, dt_bias, h0, begins, dt_softplus, exact, every):
     chunk = _chunk(x, batch * blocks, length, enough, resident)
     chunks = triton.cdiv(length, chunk)
     sizes = length, chunk, d_inner, d_state
-    config, h0 = _config(d_state, dt_softplus, exact), _transposed(h0)
+    config = _config(d_state, dt_softplus, exact)
     y, h_last = x.new_empty(x.shape), A.new_empty(batch, d_state, d_inner)
     starts = A.new_empty(batch, triton.cdiv(length, every), d_state, d_inner) if every else None
     ends = spans = None
@@ -187,18 +194,17 @@ def _run(x, dt, A, B, C, D, z, dt_bias, h0, begins, dt_softplus, exact, every):
         if chunks > 1:
             given = x, dt, A, B, None, dt_bias, begins
             ends, spans = _run_ends(*given, sizes, config, reverse=False)
-        begins = _words(begins) if in_gluon else begins
         given = x, dt, A, B, C, D, z, dt_bias, h0, begins, ends, spans, y, starts, h_last
         how = {"HALVES": ends.shape[2] if chunks > 1 else 0, "EVERY": every or length}
         grid = (batch * chunks * blocks,)
         if in_gluon:
             forward_in_gluon.forward[grid](
                 *given, length, chunk, d_inner,
-                *_pieces(x), *_pieces(dt), *_pieces(z), _strides(begins)[0],
+                *_pieces(x), *_pieces(dt), *_pieces(z),
                 SOFTPLUS=dt_softplus, WHOLE=d_inner % LANES == 0, **how, **constants,
             )  # fmt: skip
         else:
-            strides = *_strides(x), *_strides(dt), *_strides(z), _strides(begins)[0]
+            strides = *_strides(x), *_strides(dt), *_strides(z)
             forward_in_triton.forward[grid](*given, *sizes, *strides, **how, **config)
     return y, h_last.mT, starts
 
@@ -213,13 +219,22 @@ def _run_ends(u, dt, A, V, z, dt_bias, begins, sizes, config, reverse):
     halves, share = _share(chunks, chunk)
     ends = A.new_empty(batch, chunks - 1, halves, d_state, d_inner)
     spans = A.new_empty(batch, chunks - 1, halves, d_inner)
-    given = u, dt, A, V, z, dt_bias, begins, ends, spans, share
-    strides = *_strides(u), *_strides(dt), *_strides(z), _strides(begins)[0]
-    config = config | _config(min(d_state, STATES), config["SOFTPLUS"], config["EXACT"])
-    whole = reverse and _whole(sizes, config)  # forwards it was slower, by measurement
-    forward_in_triton.ends[batch * chunks * blocks, triton.cdiv(d_state, STATES)](
-        *given, *sizes, *strides, HALVES=halves, REVERSE=reverse, WHOLE=whole, **config
-    )
+    given = ends, spans, share, length, chunk, d_inner
+    programs = batch * chunks * blocks
+    if _takes(u, d_state, config["EXACT"]):
+        constants = forward_in_gluon.ends_config(d_state)
+        forward_in_gluon.ends[programs, d_state // constants["N"]](
+            u, dt, A, V, z, dt_bias, begins, *given,
+            *_pieces(u), *_pieces(dt), *_pieces(z),
+            HALVES=halves, SOFTPLUS=config["SOFTPLUS"], WHOLE=d_inner % LANES == 0,
+            REVERSE=reverse, **constants,
+        )  # fmt: skip
+    else:  # no backward pass in Triton is cut into chunks
+        config = config | _config(min(d_state, STATES), config["SOFTPLUS"], config["EXACT"])
+        forward_in_triton.ends[programs, triton.cdiv(d_state, STATES)](
+            u, dt, A, V, dt_bias, begins, *given, d_state,
+            *_strides(u), *_strides(dt), HALVES=halves, **config,
+        )  # fmt: skip
     return ends, spans
 
 
@@ -236,9 +251,10 @@ def _share(chunks: int, chunk: int) -> tuple[int, int]:
 
 def _run_backward(x, dt, A, B, C, D, z, dt_bias, begins, starts, dy, dh_last, dt_softplus, exact):
     batch, length, d_inner = x.shape
-    d_state, blocks = A.shape[0], triton.cdiv(d_inner, BACKWARD_D)
-    results = _results(x, dt, A, z, slots=batch, blocks=blocks)
-    strides = *_strides(x), *_strides(dt), *_strides(z), _strides(begins)[0], *_strides(dy)
+    d_state, blocks = A.shape[1], triton.cdiv(d_inner, BACKWARD_D)
+    results = _results(x, dt, z, d_state, slots=batch, blocks=blocks)
+    A, B, C, begins = _prepared(A, B, C, begins)
+    strides = *_strides(x), *_strides(dt), *_strides(z), *_strides(dy)
     given = x, dt, A, B, C, D, z, dt_bias, begins, starts, dy, dh_last
     config = _config(d_state, dt_softplus, exact) | {"BLOCK_D": BACKWARD_D}
     with on(x):
@@ -252,24 +268,23 @@ def _run_gluon_backward(
     x, dt, A, B, C, D, z, dt_bias, begins, starts, dy, dh_last, dt_softplus, exact
 ):
     batch, length, d_inner = x.shape
-    d_state, constants = A.shape[0], backward_in_gluon.config(A.shape[0])
+    d_state, constants = A.shape[1], backward_in_gluon.config(A.shape[1])
     channels = 2 * constants["L"]
     groups = triton.cdiv(d_inner, channels)
     resident = 8 // constants["num_warps"]
     chunk = _chunk(x, batch * groups, length, enough=1, resident=resident)
     chunks = triton.cdiv(length, chunk)
     # two groups of channels share a part of the sums for B and C, which they add to
-    results = _results(x, dt, A, z, slots=batch * chunks, blocks=triton.cdiv(groups, 2))
-    results[3].zero_()
+    results = _results(x, dt, z, d_state, slots=batch * chunks, blocks=triton.cdiv(groups, 2))
+    A, B, C, begins = _prepared(A, B, C, begins, zeros=results[3])
     ends = spans = None
     with on(x):
         if chunks > 1:
             sizes, config = (length, chunk, d_inner, d_state), _config(d_state, dt_softplus, exact)
             given = dy, dt, A, C, z, dt_bias, begins
             ends, spans = _run_ends(*given, sizes, config, reverse=True)
-        begins = _words(begins)
         given = x, dt, A, B, C, D, z, dt_bias, begins, starts, dy, dh_last, ends, spans
-        strides = *_pieces(x), *_pieces(dt), *_pieces(z), _strides(begins)[0], *_pieces(dy)
+        strides = *_pieces(x), *_pieces(dt), *_pieces(z), *_pieces(dy)
         backward_in_gluon.backward[(batch * chunks * groups,)](
             *given, *results, length, chunk, d_inner, *strides,
             HALVES=ends.shape[2] if chunks > 1 else 0, SOFTPLUS=dt_softplus,
@@ -278,18 +293,17 @@ def _run_gluon_backward(
     return results
 
 
-def _results(x, dt, A, z, slots, blocks):
+def _results(x, dt, z, d_state, slots, blocks):
     """Return room for the gradients.
 
     Those of x, dt and z; of B and C, one above the other, one part for each block of channels; of
     A, D and dt_bias likewise, one part for each slot; and of h0.
     """
     batch, length, d_inner = x.shape
-    dx, ddt = x.new_empty(x.shape), dt.new_empty(x.shape)
-    dz = None if z is None else z.new_empty(x.shape)
-    shared = A.new_empty(blocks, 2, batch, length, len(A))
-    own = A.new_empty(slots, len(A) + 2, d_inner)
-    return dx, ddt, dz, shared, own, A.new_empty(batch, *A.shape)
+    dx, ddt, dz = (None if tensor is None else tensor.new_empty(x.shape) for tensor in (x, dt, z))
+    parts = (blocks, 2, batch, length, d_state), (slots, d_state + 2, d_inner)
+    shapes = (*parts, (batch, d_state, d_inner))
+    return dx, ddt, dz, *(x.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 def _tile(d_state: int) -> int:
@@ -314,13 +328,6 @@ def _takes(x: Tensor, d_state: int, exact: bool) -> bool:
     return d_state <= 128 and not exact and generation(x) >= (8, 0)
 
 
-def _whole(sizes: tuple[int, int, int, int], config: dict) -> bool:
-    """Say whether every tile is full, so that nothing has to be masked."""
-    length, _, d_inner, d_state = sizes
-    over = length % config["TILE"], d_inner % config["BLOCK_D"], d_state % config["BLOCK_N"]
-    return not any(over)
-
-
 def _chunk(x: Tensor, rows: int, length: int, enough: float, resident: int) -> int:
     """Return the tokens of a program, of which there is one for each row and chunk.
 
@@ -336,8 +343,8 @@ def _chunk(x: Tensor, rows: int, length: int, enough: float, resident: int) -> i
 def chunk_length(rows: int, length: int, parts: int, schedulers: int) -> int:
     """Return the tokens of a chunk: as few sections as make `parts`, or up to three more.
 
-    Programs of one warp, as those of `ends`, are done at once where there are no more of them than
-    schedulers; else the last ones wait for a second turn. The soonest done is taken.
+    Programs of `ends` are done at once where there are no more of them than schedulers, four to a
+    multiprocessor; else the last ones wait for a second turn. The soonest done is taken.
     """
     least = triton.cdiv(triton.cdiv(length, parts), SECTION)
 
@@ -363,20 +370,6 @@ def _rows(tensor: Tensor | None, staged: bool) -> Tensor | None:
     if tensor.stride(-1) == 1 and not (staged and not aligned(tensor)):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _marked(begins: Tensor | None) -> Tensor | None:
-    """Return a byte for each token, 1 where a sequence begins, and zeros up to a whole section."""
-    if begins is None:
-        return None
-    missing = -begins.shape[1] % SECTION
-    begins = F.pad(begins, (0, missing)) if missing else _rows(begins, True)
-    return begins.view(torch.uint8)
-
-
-def _words(begins: Tensor | None) -> Tensor | None:
-    """Return the same eight bytes at a time."""
-    return None if begins is None else begins.view(torch.int64)
 
 
 def _padded(tensor: Tensor | None, states: int) -> Tensor | None:

@@ -33,15 +33,14 @@ them. What a step needs is ordered STAGES − 1 steps before, also across the bo
 from mamba_tutorial.kernels._gates import LOG2E
 from mamba_tutorial.kernels._gluon import (
     below,
-    carry,
     decay,
-    marks,
     order,
     sigmoid,
     softplus,
     stack,
 )
 from mamba_tutorial.kernels._triton import async_copy, gl, gluon
+from mamba_tutorial.kernels.selective_scan.forward_in_gluon import join
 
 SECTION = 64  # tokens between two states that the forward pass keeps
 
@@ -121,16 +120,16 @@ def backward(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, begins_ptr, starts_ptr, dy_ptr,
     dlast_ptr, ends_ptr, spans_ptr,
     dx_ptr, ddt_ptr, dz_ptr, shared_ptr, own_ptr, dh0_ptr, length, chunk, d_inner,
-    x_batch, x_row, dt_batch, dt_row, z_batch, z_row, begins_batch, dy_batch, dy_row,
+    x_batch, x_row, dt_batch, dt_row, z_batch, z_row, dy_batch, dy_row,
     HALVES: gl.constexpr, SOFTPLUS: gl.constexpr, WHOLE: gl.constexpr, N: gl.constexpr,
     S: gl.constexpr, L: gl.constexpr, TILE: gl.constexpr, SECTION: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """A: (d_state, d_inner); starts: (batch, sections, d_state, d_inner), as all states here.
 
-    ends, spans: of `forward_in_triton.ends`, HALVES for each chunk but the first; shared, own:
-    parts of the gradients, as `selective_scan._results` lays them out. Strides of x, dt, z and dy
-    are in pieces of 16 bytes: so the compiler knows that rows begin at such. begins: as in
+    ends, spans: of `ends`, HALVES for each chunk but the first; shared, own: parts of the
+    gradients, as `selective_scan._results` lays them out. Strides of x, dt, z and dy are in pieces
+    of 16 bytes: so the compiler knows that rows begin at such. begins: as in
     `forward_in_gluon.forward`. WHOLE: d_inner is a multiple of W.
     """
     X: gl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
@@ -175,25 +174,9 @@ def backward(
     known = below(d, d_inner, WHOLE)
     square = _of_channels(known) & (_of_states(n) >= 0)
 
-    A2 = gl.load(A_ptr + at, square, 0.0) * LOG2E
-    G = gl.zeros([P, S, L, CH], gl.float32, STATE)
-    if dlast_ptr is not None:
-        G = gl.load(dlast_ptr + batch * size + at, square, 0.0)
-    if ends_ptr is not None:
-        for later in range(chunks - 1 - part):  # of the chunks after this one, the last first
-            for half in gl.static_range(HALVES):
-                record = HALVES * (batch * (chunks - 1) + later) + half
-                span = _of_channels(gl.load(spans_ptr + record * d_inner + d, known, 0.0))
-                G = carry(G, span, A2, begins_ptr is not None)
-                G += gl.load(ends_ptr + record * size + at, square, 0.0)
     row = gl.arange(0, TILE, layout=gl.SliceLayout(1, PAIR))[:, None]
     col = group * W + gl.arange(0, W, layout=gl.SliceLayout(0, PAIR))
     there = below(col, d_inner, WHOLE)
-    skip, bias = gl.zeros([1, W], gl.float32, PAIR), gl.zeros([1, W], gl.float32, PAIR)
-    if D_ptr is not None:
-        skip = gl.load(D_ptr + col, there, 0.0)[None, :]
-    if bias_ptr is not None:
-        bias = gl.load(bias_ptr + col, there, 0.0)[None, :]
 
     xs = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [STAGES, TILE, W], PLAIN)
     dts = gl.allocate_shared_memory(dt_ptr.dtype.element_ty, [STAGES, TILE, W], PLAIN)
@@ -220,15 +203,19 @@ def backward(
         x_ptr + batch * x_batch * X + group * W, dt_ptr + batch * dt_batch * DT + group * W,
         B_ptr + tokens * N, dy_ptr + batch * dy_batch * DY + group * W, C_ptr + tokens * N,
     )  # fmt: skip
-    COUNT: gl.constexpr = 5 if z_ptr is None else 6
+    COUNT: gl.constexpr = 5 + (z_ptr is not None) + (begins_ptr is not None)
     if z_ptr is not None:
         zs = gl.allocate_shared_memory(z_ptr.dtype.element_ty, [STAGES, TILE, W], PLAIN)
         Z: gl.constexpr = 128 // z_ptr.dtype.element_ty.primitive_bitwidth
         buffers, strides, columns = buffers + (zs,), strides + (z_row * Z,), columns + (left,)
         ptrs = ptrs + (z_ptr + batch * z_batch * Z + group * W,)
-    starts_ptr += batch * gl.cdiv(length, SECTION) * size
+    begin_rows = None
     if begins_ptr is not None:
-        begins_ptr += batch * begins_batch
+        begins = gl.allocate_shared_memory(gl.float32, [STAGES, TILE, 1], PLAIN)
+        begin_rows = begins._reinterpret(gl.float32, [STAGES * TILE, 1, 1, 1, 1], KEPT)
+        buffers, strides, columns = buffers + (begins,), strides + (1,), columns + (1,)
+        ptrs = ptrs + (begins_ptr + tokens,)
+    starts_ptr += batch * gl.cdiv(length, SECTION) * size
     rows = (batches * length).to(gl.int64)
     dB_ptr = shared_ptr + (group // 2 * 2 * rows + tokens) * N
     dC_ptr = dB_ptr + rows * N
@@ -239,6 +226,24 @@ def backward(
     last = (stop - 1) // SECTION * SECTION
     for e in gl.static_range(STAGES - 1):
         _order_step(buffers, ptrs, strides, columns, last, e, stop, e, COUNT, TILE, TILES)
+
+    # while the first tiles are on their way: what reaches the state at the chunk's end
+    A2 = gl.load(A_ptr + at, square, 0.0) * LOG2E
+    G = gl.zeros([P, S, L, CH], gl.float32, STATE)
+    skip, bias = gl.zeros([1, W], gl.float32, PAIR), gl.zeros([1, W], gl.float32, PAIR)
+    if D_ptr is not None:
+        skip = gl.load(D_ptr + col, there, 0.0)[None, :]
+    if bias_ptr is not None:
+        bias = gl.load(bias_ptr + col, there, 0.0)[None, :]
+    if dlast_ptr is not None:
+        G = gl.load(dlast_ptr + batch * size + at, square, 0.0)
+    if ends_ptr is not None:
+        # of the chunks after this one, the last first
+        record, later = HALVES * batch * (chunks - 1), HALVES * (chunks - 1 - part)
+        G = join(
+            G, A2, ends_ptr, spans_ptr, record, later, size, at, square, d_inner, _of_channels(d),
+            _of_channels(known), begins_ptr is not None,
+        )  # fmt: skip
     slot = 0
     for first in range(last, begin - 1, -SECTION):
         # forwards: the state before each tile
@@ -255,12 +260,12 @@ def backward(
             _order_step(
                 buffers, ptrs, strides, columns, first, ahead, stop, free, COUNT, TILE, TILES
             )
-            words = marks(begins_ptr, first + i * TILE, TILE)
             for k in gl.static_range(TILE):
                 step_k = _of_channels(step_rows.index(k).load(OVER_D))
                 drive_k = _of_channels(drive_rows.index(k).load(OVER_D))
                 B_k = _of_states(B_rows.index(slot * TILE + k).load(OVER_N))
-                h = gl.fma(decay(step_k * A2, begins_ptr, words, k), h, drive_k * B_k)
+                a = decay(step_k, A2, begin_rows, slot * TILE + k)
+                h = gl.fma(a, h, drive_k * B_k)
             slot = gl.where(slot + 1 == STAGES, 0, slot + 1)
         kept.index(TILES - 1).store(h)
 
@@ -289,7 +294,6 @@ def backward(
             )
 
             h = kept.index(2 * TILES - 2 - i).load(STATE)
-            words = marks(begins_ptr, start, TILE)
             before, decays, ys, dCs = (), (), (), ()
             for k in gl.static_range(TILE):
                 step_k = _of_channels(step_rows.index(k).load(OVER_D))
@@ -297,7 +301,7 @@ def backward(
                 upstream_k = _of_channels(upstream_rows.index(k).load(OVER_D))
                 B_k = _of_states(B_rows.index(slot * TILE + k).load(OVER_N))
                 C_k = _of_states(C_rows.index(slot * TILE + k).load(OVER_N))
-                a = decay(step_k * A2, begins_ptr, words, k)
+                a = decay(step_k, A2, begin_rows, slot * TILE + k)
                 before = before + (h,)
                 if k < TILE - 1:
                     decays = decays + (a,)
@@ -329,7 +333,7 @@ def backward(
                 if k < TILE - 1:
                     G = decays[k] * g
                 else:
-                    G = decay(step_k * A2, begins_ptr, words, k) * g
+                    G = decay(step_k, A2, begin_rows, slot * TILE + k) * g
                 dlog = G * before[k]  # the gradient of Δ A
                 dA = gl.fma(dlog, step_k, dA)
                 dxs = (gl.sum(g * B_k, axis=1),) + dxs

@@ -32,7 +32,7 @@ def exprel_slope(z, exp, exprel):
 def backward(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, begins_ptr, starts_ptr, dy_ptr,
     dlast_ptr, dx_ptr, ddt_ptr, dz_ptr, shared_ptr, own_ptr, dh0_ptr, length, d_inner, d_state,
-    x_batch, x_row, dt_batch, dt_row, z_batch, z_row, begins_batch, dy_batch, dy_row,
+    x_batch, x_row, dt_batch, dt_row, z_batch, z_row, dy_batch, dy_row,
     TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -120,7 +120,7 @@ def backward(
             slope = b * exprel_slope(z, a, w)
             b *= w
         if begins_ptr is not None:
-            barrier = closed(begins_ptr + batch * begins_batch, row, inside)
+            barrier = closed(begins_ptr + batch * length, row, inside)
             a = tl.exp2(exponent + barrier[:, :, None])
         kept = b  # what is left of the state before, a_t h_{t−1}
         for k in tl.static_range(TILE):

@@ -15,7 +15,7 @@ five that each of the 16 states takes, and 16 of those are exponentials, for whi
 fewest units.
 """
 
-from mamba_tutorial.kernels._gates import LOG2E, NEVER, carry, sigmoid, softplus
+from mamba_tutorial.kernels._gates import LOG2E, carry, sigmoid, softplus
 from mamba_tutorial.kernels._triton import tl, triton
 
 
@@ -44,7 +44,7 @@ def step_size(dt, inside, SOFTPLUS: tl.constexpr):
 @triton.jit
 def closed(begins_ptr, row, inside):
     """Return what to add to the exponents of the decays: NEVER where a sequence begins, else 0."""
-    return tl.where(tl.load(begins_ptr + row, inside, 0) != 0, NEVER, 0.0)
+    return tl.load(begins_ptr + row, inside, 0.0)
 
 
 @triton.jit
@@ -59,12 +59,6 @@ def exprel(z, exp):
 
 
 @triton.jit
-def below(index, count, ALWAYS: tl.constexpr):
-    """Return index < count, as a constant where it always holds: then the masks vanish."""
-    return tl.full(index.shape, True, tl.int1) if ALWAYS else index < count
-
-
-@triton.jit
 def place(rows, chunks, BLOCK_D: tl.constexpr):
     """Return the block of channels, the chunk and the sequence of this program."""
     blocks = tl.cdiv(rows, BLOCK_D)
@@ -76,13 +70,13 @@ def place(rows, chunks, BLOCK_D: tl.constexpr):
 def forward(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, h0_ptr, begins_ptr, ends_ptr,
     spans_ptr, y_ptr, starts_ptr, last_ptr,
-    length, chunk, d_inner, d_state, x_batch, x_row, dt_batch, dt_row, z_batch, z_row, begins_batch,
+    length, chunk, d_inner, d_state, x_batch, x_row, dt_batch, dt_row, z_batch, z_row,
     HALVES: tl.constexpr, EVERY: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """A: (d_state, d_inner); h0, ends, starts, last: (batch, …, d_state, d_inner), float32.
 
-    begins: a byte for each token, not 0 where a new sequence begins.
+    begins: for each token NEVER where a new sequence begins, else 0.
     """
     chunks = tl.cdiv(length, chunk)
     block, part, batch = place(d_inner, chunks, BLOCK_D)
@@ -117,7 +111,7 @@ def forward(
     C_ptr += token * d_state
     y_ptr += token * d_inner
     if begins_ptr is not None:
-        begins_ptr += batch * begins_batch + first
+        begins_ptr += token
     if z_ptr is not None:
         z_ptr += batch * z_batch + first * z_row
     if starts_ptr is not None:
@@ -156,15 +150,13 @@ def forward(
 
 @triton.jit
 def ends(
-    u_ptr, dt_ptr, A_ptr, V_ptr, z_ptr, bias_ptr, begins_ptr, ends_ptr, spans_ptr, share,
-    length, chunk, d_inner, d_state, u_batch, u_row, dt_batch, dt_row, z_batch, z_row, begins_batch,
+    x_ptr, dt_ptr, A_ptr, B_ptr, bias_ptr, begins_ptr, ends_ptr, spans_ptr, share,
+    length, chunk, d_inner, d_state, x_batch, x_row, dt_batch, dt_row,
     HALVES: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, WHOLE: tl.constexpr, REVERSE: tl.constexpr,
+    SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """What chunks give to the next, from nothing, and their lengths ΣΔ.
+    """What all chunks but the last give to the next, from nothing, and their lengths ΣΔ.
 
-    Forwards u = x, V = B and h ← a h + Δ u V, for all chunks but the last. In reverse u = dy,
-    V = C and G ← a (G + u silu(z) V), the gradient of the state before; for all but the first.
     Where a sequence begins in between, nothing goes through, and ΣΔ is below zero.
 
     The states do not meet, so a program takes BLOCK_N of them: its number along the second axis.
@@ -178,10 +170,10 @@ def ends(
     t, n = tl.arange(0, TILE)[:, None], tl.arange(0, BLOCK_N)
     skipped = tl.program_id(1) * BLOCK_N  # states that other programs take
     A_ptr += skipped * d_inner
-    V_ptr += skipped
+    B_ptr += skipped
     ends_ptr += skipped * d_inner
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    real, states = below(d[None, :], d_inner, WHOLE), below(n[None, :], d_state - skipped, WHOLE)
+    real, states = (d < d_inner)[None, :], (n < d_state - skipped)[None, :]
     square = states[:, :, None] & real[:, None, :]
     at = tl.multiple_of(n[None, :, None] * d_inner + d[None, None, :], [1, 1, 1])
     A = tl.load(A_ptr + at, square, 0.0)
@@ -191,48 +183,32 @@ def ends(
         begin, end = part * share, part * chunk  # the tail of the chunk before
         if half == 1:
             begin, end = end, tl.minimum(begin + share, (chunks - 1) * chunk)
-        if REVERSE:
-            begin, end = chunks * chunk - end, chunks * chunk - begin
         first = begin.to(tl.int64)
-        u_row_ptr = u_ptr + batch * u_batch + first * u_row
+        x_row_ptr = x_ptr + batch * x_batch + first * x_row
         dt_row_ptr = dt_ptr + batch * dt_batch + first * dt_row
-        V_row_ptr = V_ptr + (batch * length + first) * d_state
-        if z_ptr is not None:
-            z_row_ptr = z_ptr + batch * z_batch + first * z_row
+        B_row_ptr = B_ptr + (batch * length + first) * d_state
         h = tl.zeros([1, BLOCK_N, BLOCK_D], tl.float32)
         span = tl.zeros([TILE, BLOCK_D], tl.float32)
-        tokens = tl.minimum(end, length) - begin
+        tokens = end - begin
         for start in tl.range(0, tokens, TILE, num_stages=3):
             row = start + t
-            if REVERSE:
-                row = tokens - 1 - start - t
-            inside = below(start + t, tokens, WHOLE)
-            u = tl.load(u_row_ptr + row * u_row + d[None, :], inside & real, 0.0).to(tl.float32)
+            inside = row < tokens
+            x = tl.load(x_row_ptr + row * x_row + d[None, :], inside & real, 0.0).to(tl.float32)
             dt = tl.load(dt_row_ptr + row * dt_row + d[None, :], inside & real, 0.0)
-            V = tl.load(V_row_ptr + row * d_state + n[None, :], inside & states, 0.0)
+            B = tl.load(B_row_ptr + row * d_state + n[None, :], inside & states, 0.0)
             step = step_size(dt.to(tl.float32) + bias, inside, SOFTPLUS)
             span += step
             exponent = step[:, None, :] * A2
             a = tl.exp2(exponent)
-            if REVERSE:
-                if z_ptr is not None:
-                    z = tl.load(z_row_ptr + row * z_row + d[None, :], inside & real, 0.0)
-                    z = z.to(tl.float32)
-                    u *= z * sigmoid(z)
-            else:
-                u *= step
-            b = u[:, None, :] * V[:, :, None]
-            if EXACT and not REVERSE:
+            b = (step * x)[:, None, :] * B[:, :, None]
+            if EXACT:
                 b *= exprel(step[:, None, :] * A, a)
             if begins_ptr is not None:
-                barrier = closed(begins_ptr + batch * begins_batch + first, row, inside)
+                barrier = closed(begins_ptr + batch * length + first, row, inside)
                 a = tl.exp2(exponent + barrier[:, :, None])
                 span += barrier
             for k in tl.static_range(TILE):
-                if REVERSE:
-                    h = row_of(a, k) * (h + row_of(b, k))
-                else:
-                    h = row_of(a, k) * h + row_of(b, k)
+                h = row_of(a, k) * h + row_of(b, k)
         record = HALVES * part + half - 1
         known = (record >= 0) & (record < HALVES * (chunks - 1))
         slot = batch * HALVES * (chunks - 1) + record
