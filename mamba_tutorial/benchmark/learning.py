@@ -90,16 +90,16 @@ def _called(run: Callable[[], None], ids: Tensor) -> Row:
 def transformers() -> Iterator[Row]:
     """A training step of transformers' Mamba, as it comes and with the scan of this package.
 
-    130 million parameters, 2 × 512 tokens, bfloat16 autocast. As it comes it goes token by token,
+    130 million parameters, 2 × 128 tokens, bfloat16 autocast. As it comes it goes token by token,
     in PyTorch's operations, unless mamba_ssm is installed. Before it is timed, the logits are
     compared with those of the model as it comes, in float32.
     """
-    ids = torch.randint(50000, (2, 512), device="cuda")
+    ids = torch.randint(50000, (2, 128), device="cuda")
     for name, way in {
         "transformers, as it comes": nullcontext,
         "mamba_tutorial, in transformers": patched_transformers,
     }.items():
-        yield attempt({"batch": 2, "length": 512, "name": name}, partial(_trained, way, ids))
+        yield attempt({"batch": 2, "length": 128, "name": name}, partial(_trained, way, ids))
 
 
 def _trained(way: Callable[[], AbstractContextManager], ids: Tensor) -> Row:
