@@ -136,6 +136,37 @@ def backward(
     return dx, ddt, x.new_empty(0) if z is None else dz, shared, own, dh0.mT
 
 
+def end(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    V: Tensor,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    exact: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return what the tokens give to what is after them, in the direction of the pass, and ΣΔ.
+
+    Forwards, of u = x and V = B, the last state, begun at zero: (batch, d_inner, d_state). In
+    reverse, of the gradient u = dy and V = C, what it adds to that of h0. ΣΔ: (batch, d_inner).
+    """
+    batch, length, d_inner = u.shape
+    u, dt, z = (_rows(tensor, False) for tensor in (u, dt, z))
+    A, V, dt_bias = _transposed(_float(A)), _float(V), _float(dt_bias)
+    chunk = _chunk(u, batch * triton.cdiv(d_inner, LANES), length, enough=3, resident=RESIDENT)
+    sizes, config = (length, chunk, d_inner, len(A)), _config(len(A), dt_softplus, exact)
+    with on(u):
+        given = u, dt, A, V, z, dt_bias, None
+        ends, spans = _run_ends(*given, sizes, config, reverse, whole=True)
+    ends, spans = ends[:, :, 0], spans[:, :, 0]
+    after = spans.flip(1).cumsum(1).flip(1) - spans  # ΣΔ over the chunks that follow
+    # the decay of an unstable model may overflow where the state is zero
+    decay = torch.exp(after[:, :, None] * A).clamp(max=torch.finfo(A.dtype).max)
+    return (decay * ends).sum(1).mT, spans.sum(1)
+
+
 def _prepared(A, B, C):
     """Return A turned, (d_state, d_inner), and B and C, all of float32, by one kernel."""
     (d_inner, d_state), (batch, length, _) = A.shape, B.shape
@@ -203,22 +234,23 @@ def _run(x, dt, A, B, C, D, z, dt_bias, h0, begins, dt_softplus, exact, every):
     return y, h_last.mT, starts
 
 
-def _run_ends(u, dt, A, V, z, dt_bias, begins, sizes, config, reverse):
+def _run_ends(u, dt, A, V, z, dt_bias, begins, sizes, config, reverse, whole=False):
     """What every chunk but one gives to the chunks after it, in the direction of the pass.
 
-    (batch, chunks − 1, 1 or 2, …): of the whole chunk, or of its head and of its tail.
+    (batch, chunks − 1, 1 or 2, …): of the whole chunk, or of its head and of its tail. If `whole`,
+    of all chunks, (batch, chunks, 1, …).
     """
     batch, (length, chunk, d_inner, d_state) = len(u), sizes
     chunks, blocks = triton.cdiv(length, chunk), triton.cdiv(d_inner, LANES)
-    halves, share = _share(chunks, chunk)
-    ends = A.new_empty(batch, chunks - 1, halves, d_state, d_inner)
-    spans = A.new_empty(batch, chunks - 1, halves, d_inner)
-    given = u, dt, A, V, z, dt_bias, begins, ends, spans, share
+    kept, (halves, share) = (chunks, (1, chunk)) if whole else (chunks - 1, _share(chunks, chunk))
+    ends = A.new_empty(batch, kept, halves, d_state, d_inner)
+    spans = A.new_empty(batch, kept, halves, d_inner)
+    given = u, dt, A, V, z, dt_bias, begins, ends, spans, kept, share
     strides = *_strides(u), *_strides(dt), *_strides(z), _strides(begins)[0]
     config = config | _config(min(d_state, STATES), config["SOFTPLUS"], config["EXACT"])
-    whole = reverse and _whole(sizes, config)  # forwards it was slower, by measurement
+    full = reverse and _whole(sizes, config)  # forwards it was slower, by measurement
     forward_in_triton.ends[batch * chunks * blocks, triton.cdiv(d_state, STATES)](
-        *given, *sizes, *strides, HALVES=halves, REVERSE=reverse, WHOLE=whole, **config
+        *given, *sizes, *strides, HALVES=halves, REVERSE=reverse, WHOLE=full, **config
     )
     return ends, spans
 

@@ -156,22 +156,22 @@ def forward(
 
 @triton.jit
 def ends(
-    u_ptr, dt_ptr, A_ptr, V_ptr, z_ptr, bias_ptr, begins_ptr, ends_ptr, spans_ptr, share,
+    u_ptr, dt_ptr, A_ptr, V_ptr, z_ptr, bias_ptr, begins_ptr, ends_ptr, spans_ptr, kept, share,
     length, chunk, d_inner, d_state, u_batch, u_row, dt_batch, dt_row, z_batch, z_row, begins_batch,
     HALVES: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, WHOLE: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """What chunks give to the next, from nothing, and their lengths ΣΔ.
 
-    Forwards u = x, V = B and h ← a h + Δ u V, for all chunks but the last. In reverse u = dy,
-    V = C and G ← a (G + u silu(z) V), the gradient of the state before; for all but the first.
-    Where a sequence begins in between, nothing goes through, and ΣΔ is below zero.
+    Forwards u = x, V = B and h ← a h + Δ u V, for the first `kept` chunks. In reverse u = dy, V = C
+    and G ← a (G + u silu(z) V), the gradient of the state before; for the last `kept`. Where a
+    sequence begins in between, nothing goes through, and ΣΔ is below zero.
 
     The states do not meet, so a program takes BLOCK_N of them: its number along the second axis.
 
-    One chunk less than there are programs in `forward`: some schedulers would have one warp, and
-    the others two. So, where it pays, as many programs share the work evenly, `share` tokens each:
-    a program does the tail of one chunk and the head of the next.
+    Mostly that is one chunk less than there are programs in `forward`: some schedulers would have
+    one warp, and the others two. So, where it pays, as many programs share the work evenly, `share`
+    tokens each: a program does the tail of one chunk and the head of the next.
     """
     chunks = tl.cdiv(length, chunk)
     block, part, batch = place(d_inner, chunks, BLOCK_D)
@@ -190,7 +190,7 @@ def ends(
     for half in range(2 - HALVES, 2):
         begin, end = part * share, part * chunk  # the tail of the chunk before
         if half == 1:
-            begin, end = end, tl.minimum(begin + share, (chunks - 1) * chunk)
+            begin, end = end, tl.minimum(begin + share, kept * chunk)
         if REVERSE:
             begin, end = chunks * chunk - end, chunks * chunk - begin
         first = begin.to(tl.int64)
@@ -234,8 +234,8 @@ def ends(
                 else:
                     h = row_of(a, k) * h + row_of(b, k)
         record = HALVES * part + half - 1
-        known = (record >= 0) & (record < HALVES * (chunks - 1))
-        slot = batch * HALVES * (chunks - 1) + record
+        known = (record >= 0) & (record < HALVES * kept)
+        slot = batch * HALVES * kept + record
         tl.store(ends_ptr + slot * d_state * d_inner + at, h, known & square)
         span = tl.sum(span, axis=0)[None, :]
         tl.store(spans_ptr + slot * d_inner + d[None, :], span, known & real)
