@@ -310,6 +310,17 @@ def check_overflow(rank):
     torch.testing.assert_close(y, expected, **EXACT)
 
 
+def check_last_alone(rank, lengths):
+    """A loss of the last state alone, on every rank."""
+    given, mine = tokens(sum(lengths)), piece_of(rank, lengths)
+    own, settings = cut(given, mine), {"dt_softplus": True, "return_last_state": True}
+    selective_scan(**own, **settings)[1].sum().backward()
+    _, last = selective.selective_scan(**given, **settings)
+    (len(lengths) * last.sum()).backward()
+    for name in ("x", "dt", "B"):
+        torch.testing.assert_close(own[name].grad, given[name].grad[:, mine], **EXACT)
+
+
 def check_kernels(rank, lengths):
     """Those of a CPU and, in the interpreter, of a GPU: in float32, and h0 may be none."""
     interpreted = installed("triton") and not torch.cuda.is_available()
@@ -321,6 +332,7 @@ def check_kernels(rank, lengths):
 
 def check_others(rank, lengths):
     check_kernels(rank, (50, 37))
+    check_last_alone(rank, lengths)
     check_overflow(rank)
     check_derivatives(rank, lengths)
     check_lower_precision(rank, lengths, torch.float32, 1e-5)
