@@ -12,14 +12,14 @@ with h_r the state before the piece of rank r. Pieces are joined as single token
 so of every piece the others need two states, batch · d_inner · d_state numbers each, however long
 it is. The scan is then this:
 
-1. every rank scans its piece from zero, and has its (a_r, b_r);
+1. every rank finds its (a_r, b_r) alone, and writes nothing as long as the piece;
 2. all ranks gather all (a_r, b_r), and each joins them up to its own piece: h_r;
-3. every rank scans its piece again, from h_r.
+3. every rank scans its piece, from h_r.
 
-So the scan is computed twice, and so is its backward pass: that of the third part gives the
-gradient of h_r, the join hands the gradients on the other way round, and that of the first part
-takes them to what made (a_r, b_r). What does not cross tokens, the rest of the model, is computed
-once. A rank waits for the others once in each direction, and never for another's scan.
+Backward is the same from the other side. What y adds to the gradient of h_r is found alone, then
+joined, so that each rank has the gradient λ_{r+1} of the state after its piece, and its one
+backward pass, of y and of that state, gives all gradients, that of h_r included. A rank waits for
+the others once in each direction, and never for another's scan.
 
 - `selective_scan`: `mamba_tutorial.selective.selective_scan` of a whole from its pieces.
 - `over_length`: inside this context a `MambaLM` or `MambaBlock` reads pieces so. The convolution is
@@ -61,6 +61,7 @@ from mamba_tutorial._check import (
     wide,
 )
 from mamba_tutorial.mamba import CausalConv1d, MambaBlock, MambaLM
+from mamba_tutorial.ops import vjp
 from mamba_tutorial.scan import linear_scan
 from mamba_tutorial.selective import Backend, Discretization, SelectiveSSM, Shared, State, Tokens
 
@@ -122,17 +123,16 @@ def selective_scan(
     """
     tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
     rules = {"dt_softplus": dt_softplus, "discretization": discretization, "backend": backend}
-    start = step = problem = None
+    inputs = problem = None
     settings = {"call": "selective_scan", **rules, "return_last_state": return_last_state}
     try:
         check_flag("return_last_state", return_last_state)
-        start = _first_only(h0, group)
-        step = _own_step(tensors, rules, start)
+        inputs = selective.check_scan(**tensors, **rules, h0=_first_only(h0, group))
         settings |= _traits(x, A, {**tensors, "h0": h0})
     except (TypeError, ValueError) as error:
         problem = error
     _agree(settings, problem, group)
-    y, last = _joined_scan(tensors, rules, start, step, return_last_state, group)
+    y, last = selective.run_scan(partial(_scan, return_last_state, group), inputs)
     return (y, last) if return_last_state else y
 
 
@@ -251,35 +251,76 @@ def _first_only(h0: Tensor | None, group: Group) -> Tensor | None:
     return h0.masked_fill(torch.ones_like(h0, dtype=torch.bool), 0)
 
 
-def _own_step(tensors: dict, rules: dict, start: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return (a, b) of the piece, (batch, d_inner, d_state) both; check all arguments on the way.
+def _scan(return_last: bool, group: Group, *inputs) -> tuple[Tensor, Tensor | None]:
+    """In the place of `selective.scan`: return y of the piece, and the last state of the whole."""
+    if inputs[-1] == "sequential":  # a loop whose gradient PyTorch records itself
+        return _recorded_scan(return_last, group, *inputs)
+    return _Scan.apply(return_last, group, *inputs)[:2]
 
-    On the first rank b is the end of the piece begun at h0.
+
+def _recorded_scan(return_last: bool, group: Group, *inputs) -> tuple[Tensor, Tensor | None]:
+    """The same, of parts that can all be differentiated as often as one likes."""
+    _, before, last = _joined(return_last, group, *inputs)
+    return selective.scan(*inputs[:8], before, *inputs[9:])[0], last
+
+
+class _Scan(torch.autograd.Function):
+    """The three acts; y, the last state, and what is kept: a_r, h_r and states on the way.
+
+    All gradients are those of one scan of the piece from h_r, if the state after it has the
+    gradient that comes from later ranks, λ_{r+1}. With ∂_r what y adds to the gradient of h_r,
+
+        λ_r = ∂_r + a_r λ_{r+1},
+
+    so `_Join` finds it, once ∂_r is found alone.
     """
-    _, end = selective.selective_scan(**tensors, **rules, h0=start, return_last_state=True)
-    dt, bias = tensors["dt"].to(end.dtype), tensors["dt_bias"]
-    dt = dt if bias is None else dt + bias.to(end.dtype)
-    span = (F.softplus(dt) if rules["dt_softplus"] else dt).sum(1)
-    decay = torch.exp(span[..., None] * tensors["A"].to(end.dtype))
+
+    @staticmethod
+    def forward(return_last: bool, group: Group, *inputs) -> tuple[Tensor | None, ...]:
+        decay, before, last = _joined(return_last, group, *inputs)
+        y, _, states = selective.SCAN(*inputs[:8], before, *inputs[9:])
+        return y, last, decay, before, states
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor | None, ...]) -> None:
+        ctx.return_last, ctx.group, *given = inputs
+        ctx.rules = given[9:]
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)  # zeros for the states would be as large as they are
+        ctx.save_for_backward(*given[:9], *output[2:])
+
+    @staticmethod
+    def backward(ctx, dy: Tensor | None, dlast: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+        *tensors, decay, before, states = ctx.saved_tensors
+        (x, dt, A, _, C, _, z, dt_bias, _), (_, *how, _, backend) = tensors, ctx.rules
+        # the others wait for this rank, whatever its loss depends on
+        dy = torch.zeros_like(x) if dy is None else dy
+        if ctx.return_last and dlast is None:
+            dlast = torch.zeros_like(before)
+        wanted = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():  # these gradients are to be differentiated, too
+            definition = partial(_recorded_scan, ctx.return_last, ctx.group)
+            return None, None, *vjp(definition, wanted, (dy, dlast), [*tensors, *ctx.rules])
+        own, _ = selective.END(dy, dt, A, C, z, dt_bias, *how, True, backend)
+        later = _Join.apply(decay, own, dlast, True, ctx.group)
+        later = later[0] if ctx.return_last else later
+        inputs = *tensors[:8], before, *ctx.rules
+        found = selective.SCAN.gradient(wanted, (dy, later, None), inputs, [states])
+        return None, None, *(g if want else None for g, want in zip(found, wanted, strict=True))
+
+
+def _joined(return_last: bool, group: Group, *inputs) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return a_r and h_r of this rank, and the last state of the whole if asked for."""
+    x, dt, A, B, _, _, _, dt_bias, start, _, softplus, exact, _, backend = inputs
+    end, span = selective.END(x, dt, A, B, None, dt_bias, softplus, exact, False, backend)
     # that of an unstable model may overflow where the state is zero, and ∞ · 0 is not a number
-    return decay.clamp(max=torch.finfo(end.dtype).max), end
-
-
-def _joined_scan(
-    tensors: dict,
-    rules: dict,
-    start: Tensor | None,
-    step: tuple[Tensor, Tensor],
-    return_last_state: bool,
-    group: Group,
-) -> tuple[Tensor, Tensor | None]:
-    """Return y of the piece, and the last state of the whole if asked for."""
-    if return_last_state:
-        before, last = _Join.apply(*step, torch.zeros_like(step[1]), False, group)
+    decay = torch.exp(span[..., None] * A.to(end.dtype)).clamp(max=torch.finfo(end.dtype).max)
+    end = end if start is None else end + decay * start
+    if return_last:
+        before, last = _Join.apply(decay, end, torch.zeros_like(end), False, group)
     else:
-        before, last = _Join.apply(*step, None, False, group), None
-    before = before if start is None else before + start
-    return selective.selective_scan(**tensors, **rules, h0=before), last
+        before, last = _Join.apply(decay, end, None, False, group), None
+    return decay, before if start is None else before + start, last
 
 
 class _Join(torch.autograd.Function):
@@ -373,11 +414,8 @@ class _Pieces:
     ) -> tuple[Tensor, None]:
         """In the place of the forward of a `SelectiveSSM`."""
         dt, B, C = ssm.select(x)
-        tensors = {"x": x, "dt": dt, "A": ssm.A, "B": B, "C": C, "D": ssm.D, "z": z}
-        tensors["dt_bias"] = ssm.dt_bias
-        rules = {"dt_softplus": True, "discretization": ssm.discretization, "backend": "auto"}
-        step = _own_step(tensors, rules, None)
-        return _joined_scan(tensors, rules, None, step, False, self.group)
+        given = x, dt, ssm.A, B, C, ssm.D, z, ssm.dt_bias, True, None, ssm.discretization, "auto"
+        return selective.run_scan(partial(_scan, False, self.group), selective.check_scan(*given))
 
 
 _OVER_LENGTH: WeakKeyDictionary[nn.Module, _Pieces] = WeakKeyDictionary()
@@ -409,7 +447,9 @@ def _tokens_before(x: Tensor, width: int, lengths: list[int], group: Group) -> T
 
     sent = [count(rank, reader) for reader in range(len(lengths))]
     received = [count(holder, rank) for holder in range(len(lengths))]
-    ends = torch.cat([x[:, x.shape[1] - tokens :] for tokens in sent], 1)
+    # cut off once: the gradient of every cut has the size of x
+    last = x[:, x.shape[1] - max(sent) :]
+    ends = torch.cat([last[:, last.shape[1] - tokens :] for tokens in sent], 1)
     arrived = _Send.apply(ends.transpose(0, 1), sent, received, group).transpose(0, 1)
     nothing = x.new_zeros(len(x), width - arrived.shape[1], x.shape[2])
     return torch.cat([nothing, arrived], 1)

@@ -384,10 +384,15 @@ def _run_convolution(x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | N
 
 
 def _convolution_gradient(wanted, upstream, inputs, kept) -> Iterable[Tensor | None]:
-    if wanted[1]:  # the kernel knows none for the tokens before
-        return vjp(_convolve, wanted, upstream, inputs)
     dx, sums = _CONV_GRADIENTS(*upstream, *inputs)
-    return dx, None, sums[:-1].mT, sums[-1]
+    return dx, _gradient_before(*upstream, *inputs) if wanted[1] else None, sums[:-1].mT, sums[-1]
+
+
+def _gradient_before(dy, x, before, weight, bias) -> Tensor:
+    """The kernel knows none for the tokens before. As many tokens after them see them."""
+    seeing, wanted = slice(before.shape[1]), (False, True, False, False)
+    given = x[:, seeing], before, weight, bias
+    return vjp(_convolve, wanted, (dy[:, seeing],), given)[1]
 
 
 def _run_convolution_gradients(dy, x, before, weight, bias) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ computes (`selective_scan_ref` of mamba_ssm), and so what its checkpoints were t
 
 import math
 import warnings
-from collections.abc import Collection, Iterable, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Sequence, Set
 from functools import cache
 from typing import Literal
 
@@ -110,24 +110,9 @@ def selective_scan(
         ValueError: a shape does not fit, devices differ, Δ is negative, there is no such backend
             or discretization, or the backend does not fit.
     """
-    check_choice("discretization", discretization, ["mamba", "zoh"])
-    check_choice("backend", backend, ["auto", *BACKENDS])
-    check_flag("dt_softplus", dt_softplus)
     check_flag("return_last_state", return_last_state)
-    sizes = _check_tokens("batch length", x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
-    if sizes["length"] == 0:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected a length of at least 1")
-    if h0 is not None:
-        h0 = _check_state("h0", h0, x, (sizes["batch"], *A.shape))
-    if starts is not None:
-        check_starts(starts, x)
-    backend = _choose(x) if backend == "auto" else backend
-    _check_backend(backend, x)
-    if not dt_softplus:
-        _check_step_size(dt, dt_bias)
-    given = x, dt, A, B, C, D, z, dt_bias, h0, starts, dt_softplus, discretization == "zoh"
-    with without_autocast(x):
-        y, h_last = _fused(*given) if backend == "triton" else _unfused(*given, backend)
+    given = x, dt, A, B, C, D, z, dt_bias, dt_softplus, h0, discretization, backend, starts
+    y, h_last = run_scan(scan, check_scan(*given))
     return (y, h_last) if return_last_state else y
 
 
@@ -344,28 +329,51 @@ BACKENDS = ("sequential", "parallel", "numba", "triton")
 KEPT = 32  # tokens between two states that the backends on a CPU keep
 
 
-def _fused(x, dt, A, B, C, D, z, dt_bias, h0, begins, softplus, exact) -> tuple[Tensor, Tensor]:
-    """The whole of it in one operator: bias, softplus, scan, skip connection and gate."""
-    given = x, dt, A, B, C, D, z, dt_bias, h0, begins
-    return _SCAN(*given, softplus, exact, _learning(given), "triton")[:2]
+def check_scan(
+    x, dt, A, B, C, D, z, dt_bias, dt_softplus, h0, discretization, backend, starts=None
+) -> tuple:
+    """Check the arguments of `selective_scan`; return those of the operator."""
+    check_choice("discretization", discretization, ["mamba", "zoh"])
+    check_choice("backend", backend, ["auto", *BACKENDS])
+    check_flag("dt_softplus", dt_softplus)
+    sizes = _check_tokens("batch length", x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
+    if sizes["length"] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected a length of at least 1")
+    if h0 is not None:
+        h0 = _check_state("h0", h0, x, (sizes["batch"], *A.shape))
+    if starts is not None:
+        check_starts(starts, x)
+    backend = _choose(x) if backend == "auto" else backend
+    _check_backend(backend, x)
+    if not dt_softplus:
+        _check_step_size(dt, dt_bias)
+    given = x, dt, A, B, C, D, z, dt_bias, h0, starts
+    return *given, dt_softplus, discretization == "zoh", _learning(given), backend
 
 
-def _unfused(
-    x, dt, A, B, C, D, z, dt_bias, h0, begins, softplus, exact, backend
-) -> tuple[Tensor, Tensor]:
-    """Bias and softplus before the scan, skip connection and gate after it, in PyTorch."""
-    dtype = wide(x.dtype)
-    if h0 is None:
-        h0 = x.new_zeros(len(x), *A.shape, dtype=dtype)
-    step = _step_size(dt, dt_bias, softplus, dtype)
-    given = *(tensor.to(dtype) for tensor in (x, step, A, B, C)), h0
-    if backend == "sequential":
-        y, h_last = _sequential(*given, begins, exact)
-    else:
-        *tokens, h0 = given
-        ends = None, None, None, h0, begins, False, exact, _learning(given), backend
-        y, h_last = _SCAN(*tokens, *ends)[:2]
-    return _skip_and_gate(y, x, D, z), h_last
+def run_scan(operator: Callable, inputs: tuple) -> tuple[Tensor, Tensor | None]:
+    """Return y and the last state, of what `check_scan` returned.
+
+    The operator is `scan`, or takes its place. On a GPU it does all of it; elsewhere PyTorch does
+    bias and softplus before it, skip connection and gate after it.
+    """
+    x, dt, A, B, C, D, z, dt_bias, h0, begins, softplus, exact, _, backend = inputs
+    with without_autocast(x):
+        if backend == "triton":
+            return operator(*inputs)
+        dtype = wide(x.dtype)
+        if h0 is None:
+            h0 = x.new_zeros(len(x), *A.shape, dtype=dtype)
+        step = _step_size(dt, dt_bias, softplus, dtype)
+        tokens = [tensor.to(dtype) for tensor in (x, step, A, B, C)]
+        rest = h0, begins, False, exact, _learning([*tokens, h0]), backend
+        y, h_last = operator(*tokens, None, None, None, *rest)
+        return _skip_and_gate(y, x, D, z), h_last
+
+
+def scan(*inputs) -> tuple[Tensor, Tensor]:
+    """Return y and the last state."""
+    return _sequential(*inputs) if inputs[-1] == "sequential" else SCAN(*inputs)[:2]
 
 
 def _learning(given: Iterable[Tensor | None]) -> bool:
@@ -376,7 +384,9 @@ def _learning(given: Iterable[Tensor | None]) -> bool:
     return learning and any(t is not None and t.requires_grad for t in given)
 
 
-def _sequential(x, dt, A, B, C, h, begins, exact) -> tuple[Tensor, Tensor]:
+def _sequential(
+    x, dt, A, B, C, D, z, dt_bias, h, begins, softplus, exact, keep, backend
+) -> tuple[Tensor, Tensor]:
     outputs = []
     for t, token in enumerate(zip(*(part.unbind(1) for part in (x, dt, B, C)), strict=True)):
         x_t, dt_t, B_t, C_t = token
@@ -504,7 +514,7 @@ def _gradients_definition(
 _TENSORS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias"
 )
-_SCAN = register(
+SCAN = register(
     "selective_scan",
     f"({_TENSORS}, Tensor? h0, Tensor? begins, bool softplus, bool exact, bool keep, str backend)"
     " -> (Tensor, Tensor, Tensor)",
@@ -523,6 +533,49 @@ _GRADIENTS = register(
     run=_run_gradients,
     like=_like_gradients,
     definition=_gradients_definition,
+)
+
+
+# The scan without y: what all tokens give, and ΣΔ. Forwards that is the last state, begun at zero,
+#     Σ_t exp(A Σ_{s>t} Δ_s) w(Δ_t A) Δ_t u_t V_t,     of u = x and V = B;
+# in reverse, what they add to the gradient of h0,
+#     Σ_t exp(A Σ_{s≤t} Δ_s) silu(z_t) u_t V_t,     of u = dy and V = C.
+
+
+def _run_end(u, dt, A, V, z, dt_bias, softplus, exact, reverse, backend) -> tuple[Tensor, Tensor]:
+    given = u, dt, A, V, z, dt_bias, softplus, exact, reverse
+    if backend == "triton":
+        from mamba_tutorial.kernels.selective_scan import end
+
+        return end(*given)
+    return _end(*given, backend)
+
+
+def _end(u, dt, A, V, z, dt_bias, softplus, exact, reverse, backend) -> tuple[Tensor, Tensor]:
+    dtype = wide(u.dtype)
+    step = _step_size(dt, dt_bias, softplus, dtype)
+    u, A, V = (tensor.to(dtype) for tensor in (u, A, V))
+    if z is not None:
+        u = u * F.silu(z.to(dtype))
+    total = step.cumsum(1) if reverse else step.flip(1).cumsum(1).flip(1)
+    between, drive = (total, u) if reverse else (total - step, step * u)
+    end = torch.zeros_like(_like_state(u, A, backend))
+    for piece in _pieces(u, A):
+        # of an unstable model it may overflow where nothing is given, and ∞ · 0 is not a number
+        decay = torch.exp(between[:, piece, :, None] * A).clamp(max=torch.finfo(dtype).max)
+        if exact and not reverse:
+            decay = decay * exprel(step[:, piece, :, None] * A)
+        end = end + (decay * drive[:, piece, :, None] * V[:, piece, None]).sum(1)
+    return end, step.sum(1)
+
+
+END = register(
+    "selective_scan_end",
+    "(Tensor u, Tensor dt, Tensor A, Tensor V, Tensor? z, Tensor? dt_bias, bool softplus,"
+    " bool exact, bool reverse, str backend) -> (Tensor, Tensor)",
+    run=_run_end,
+    like=lambda u, dt, A, *rest: (end := _like_state(u, A, rest[-1]), end.new_empty(u.shape[::2])),
+    definition=_end,
 )
 
 

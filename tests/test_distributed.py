@@ -2,7 +2,12 @@
 
 import sys
 import time
+from collections import Counter
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
+from itertools import product
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from mamba_tutorial import MambaBlock, MambaConfig, MambaLM, selective
+from mamba_tutorial._check import installed
 from mamba_tutorial.distributed import (
     join_cost,
     next_token_loss,
@@ -20,6 +26,7 @@ from mamba_tutorial.distributed import (
     selective_scan,
     sum_gradients,
 )
+from mamba_tutorial.ops import OPERATORS
 from mamba_tutorial.scan import combine
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch without torch.distributed")
@@ -81,26 +88,52 @@ def cut(given, mine):
     }
 
 
-def check_scan(rank, lengths, settings, without=()):
+def check_scan(rank, lengths, settings, without=(), backend="auto", dtype=torch.float64):
     given = {name: t for name, t in tokens(sum(lengths)).items() if name not in without}
-    mine = piece_of(rank, lengths)
-    own, settings = cut(given, mine), {"return_last_state": True, **settings}
+    mine, settings = piece_of(rank, lengths), {"return_last_state": True, **settings}
+    own = {name: t.detach().to(dtype).requires_grad_() for name, t in cut(given, mine).items()}
     whole = selective.selective_scan(**given, **settings, backend="sequential")
-    parts = selective_scan(**own, **settings)
-    torch.testing.assert_close(parts[0], whole[0][:, mine], **EXACT)
-    torch.testing.assert_close(parts[1], whole[1], **EXACT)
+    with counted() as calls:
+        parts = selective_scan(**own, **settings, backend=backend)
+    check_close(parts[0], whole[0][:, mine])
+    check_close(parts[1], whole[1])
     # a loss of all outputs, of which the last state is counted once, on the rank in the middle
     weight = torch.linspace(-1, 1, whole[0].numel(), dtype=torch.float64).view_as(whole[0])
     ((whole[0] * weight).sum() + whole[1].square().sum()).backward()
     loss = (parts[0] * weight[:, mine]).sum()
-    (loss + parts[1].square().sum() if rank == len(lengths) // 2 else loss).backward()
+    with counted() as calls_back:
+        (loss + parts[1].square().sum() if rank == len(lengths) // 2 else loss).backward()
+    if backend != "sequential":
+        assert calls == {"selective_scan_end": 1, "selective_scan": 1}
+        assert calls_back == {"selective_scan_end": 1, "selective_scan_backward": 1}
     for name, tensor in given.items():
         gradient, exact = own[name].grad, tensor.grad
         if name in ALONG:
             exact = exact[:, mine]
         else:
             dist.all_reduce(gradient)
-        torch.testing.assert_close(gradient, exact, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
+        check_close(gradient, exact, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def check_close(value, exact, **how):
+    how |= EXACT if value.dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-5}
+    torch.testing.assert_close(value, exact.to(value.dtype), **how)
+
+
+@contextmanager
+def counted():
+    """Count how often the operators of the scan run."""
+    calls = Counter()
+
+    def count(name, run, *inputs):
+        calls[name] += 1
+        return run(*inputs)
+
+    with ExitStack() as stack:
+        for name in ("selective_scan", "selective_scan_backward", "selective_scan_end"):
+            run = partial(count, name, OPERATORS[name].run)
+            stack.enter_context(mock.patch.object(OPERATORS[name], "run", run))
+        yield calls
 
 
 def check_scans(rank, cuts):
@@ -109,6 +142,7 @@ def check_scans(rank, cuts):
         for discretization in ("mamba", "zoh"):
             check_scan(rank, lengths, softplus | {"discretization": discretization})
         check_scan(rank, lengths, softplus, {"D", "z", "dt_bias", "h0"})
+    check_scan(rank, cuts[0], softplus, backend="sequential")
 
 
 CUTS = {
@@ -276,7 +310,29 @@ def check_overflow(rank):
     torch.testing.assert_close(y, expected, **EXACT)
 
 
+def check_last_alone(rank, lengths):
+    """A loss of the last state alone, on every rank."""
+    given, mine = tokens(sum(lengths)), piece_of(rank, lengths)
+    own, settings = cut(given, mine), {"dt_softplus": True, "return_last_state": True}
+    selective_scan(**own, **settings)[1].sum().backward()
+    _, last = selective.selective_scan(**given, **settings)
+    (len(lengths) * last.sum()).backward()
+    for name in ("x", "dt", "B"):
+        torch.testing.assert_close(own[name].grad, given[name].grad[:, mine], **EXACT)
+
+
+def check_kernels(rank, lengths):
+    """Those of a CPU and, in the interpreter, of a GPU: in float32, and h0 may be none."""
+    interpreted = installed("triton") and not torch.cuda.is_available()
+    backends = ["numba"] * installed("numba") + ["triton"] * interpreted
+    for backend, without, rule in product(backends, ((), {"h0", "z"}), ("mamba", "zoh")):
+        settings = {"dt_softplus": True, "discretization": rule}
+        check_scan(rank, lengths, settings, without, backend, torch.float32)
+
+
 def check_others(rank, lengths):
+    check_kernels(rank, (50, 37))
+    check_last_alone(rank, lengths)
     check_overflow(rank)
     check_derivatives(rank, lengths)
     check_lower_precision(rank, lengths, torch.float32, 1e-5)

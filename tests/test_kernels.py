@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from unittest import mock
 
 import numba
 import numpy as np
@@ -156,6 +157,37 @@ def test_triton_is_the_definition_with_all_its_gradients(name, rule):
 
 
 @needs_triton
+@pytest.mark.parametrize("backend", ["parallel", "triton"])
+@pytest.mark.parametrize("rule", ["mamba", "zoh"])
+@pytest.mark.parametrize("without", [("h0",), ("h0", "z", "dt_bias")])
+@pytest.mark.parametrize("name", SHAPES)
+def test_ends_alone_are_the_last_state_and_the_gradient_of_the_first(name, without, rule, backend):
+    """Of the definition in float64: the last state from zero, and what y gives to h0."""
+    inputs = problem(*SHAPES[name], without, seed=1)
+    double = {key: tensor.double() for key, tensor in inputs.items()}
+    zero = torch.zeros(len(inputs["x"]), *inputs["A"].shape, dtype=torch.float64, device=DEVICE)
+    settings = {"dt_softplus": True, "discretization": rule, "backend": "sequential"}
+    given = {"h0": zero.requires_grad_(), "return_last_state": True, **settings}
+    y, last = selective_scan(**double, **given)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    exact = last, *torch.autograd.grad(y, zero, dy)
+    if backend == "triton":
+        double, dy = inputs, dy.float()
+    z, bias = double.get("z"), double.get("dt_bias")
+    steps = F.softplus(double["dt"] if bias is None else double["dt"] + bias)
+    for u, V, gate, reverse, expected in (
+        (double["x"], double["B"], None, False, exact[0]),
+        (dy, double["C"], z, True, exact[1]),
+    ):
+        rules = True, rule == "zoh", reverse, backend
+        tensors = u, double["dt"], double["A"], V, gate, bias
+        end, span = OPERATORS["selective_scan_end"](*tensors, *rules)
+        off = 1e-12 if backend == "parallel" else rounding(SHAPES[name][1])
+        assert ((end - expected).abs().max() / (expected.abs().max() + 1e-3)).item() < off
+        torch.testing.assert_close(span, steps.sum(1))
+
+
+@needs_triton
 @pytest.mark.parametrize("without", WITHOUT)
 def test_triton_without_optional_inputs(without):
     compare(problem(2, 11, 5, 4, without), 2e-6, dt_softplus=True)
@@ -278,7 +310,7 @@ def test_ends_in_gluon_joined(name, reverse, share):
     """States before the last chunk, or gradients of states after the first, by the definition."""
     kernel = importlib.import_module("mamba_tutorial.kernels.selective_scan")
     *shape, chunk = ENDS[name]
-    length, d_state = shape[1], shape[3]
+    length = shape[1]
     given = problem(*shape, ("D", "h0"))
     generator = torch.Generator().manual_seed(3)
     dy = torch.randn(shape[:3], generator=generator).to(DEVICE)
@@ -303,8 +335,8 @@ def test_ends_in_gluon_joined(name, reverse, share):
     A, B, C, begins = kernel._prepared(given["A"], given["B"], given["C"], starts)
     u, V, z = (dy, C, given["z"]) if reverse else (given["x"], B, None)
     u, dt, z = (kernel._rows(tensor, True) for tensor in (u, given["dt"], z))
-    sizes, config = (length, chunk, *shape[2:]), kernel._config(d_state, True, False)
-    ends, spans = kernel._run_ends(u, dt, A, V, z, given["dt_bias"], begins, sizes, config, reverse)
+    sizes, rules = (length, chunk, *shape[2:]), (True, False)
+    ends, spans = kernel._run_ends(u, dt, A, V, z, given["dt_bias"], begins, sizes, *rules, reverse)
     h, spans = h.mT.double(), spans.unsqueeze(3).double()
     for end, span in zip(ends.flatten(1, 2).unbind(1), spans.flatten(1, 2).unbind(1), strict=True):
         h = torch.where(span < 0, 0, torch.exp(A.double() * span.clamp(min=0)) * h) + end
@@ -531,7 +563,7 @@ def test_scan_kernel_says_what_it_cannot_do():
     ("batch", "length", "channels", "width"),
     [(1, 1, 1, 4), (2, 37, 9, 4), (1, 300, 3, 2), (1, 5, 3, 1)],
 )
-def test_convolution_kernels_are_conv1d_and_silu(batch, length, channels, width, bias):
+def test_convolution_kernels_are_conv1d_and_silu(batch, length, channels, width, bias, monkeypatch):
     convolve, convolve_token = OPERATORS["causal_conv"], OPERATORS["causal_conv_step"]
     generator = torch.Generator().manual_seed(0)
 
@@ -542,24 +574,27 @@ def test_convolution_kernels_are_conv1d_and_silu(batch, length, channels, width,
         random(batch, length, 2 * channels).chunk(2, -1)[0],
         random(batch, width - 1, channels),
     )
-    given = [x, random(channels, width)] + [random(channels)] * bias
+    given = [x, before, random(channels, width)] + [random(channels)] * bias
     upstream = random(batch, length, channels)
-    found = []
+    found, gradients = [], OPERATORS["causal_conv_backward"]
+    kernel = mock.Mock(wraps=gradients.run)
+    monkeypatch.setattr(gradients, "run", kernel)
     for exact in (False, True):
         leaves = [(t.double() if exact else t).detach().requires_grad_() for t in given]
-        x, weight, *rest = leaves
+        x, before, weight, *rest = leaves
         if exact:
-            window = torch.cat([before.double(), x], 1).mT
+            window = torch.cat([before, x], 1).mT
             y = F.silu(F.conv1d(window, weight[:, None], *rest, groups=channels).mT)
         else:
             y = convolve(x, before, weight, *rest, *[None] * (1 - bias))
         found.append([y, *torch.autograd.grad(y, leaves, upstream.to(y.dtype))])
+    kernel.assert_called_once()  # also where the tokens before have a gradient
     for value, exact in zip(*found, strict=True):
-        assert (value - exact).abs().max() / exact.abs().max() < 2e-6
+        assert (value - exact).norm() <= 2e-6 * exact.norm()
     with torch.no_grad():
-        y, after = convolve_token(x.float()[:, 0], before, *given[1:], *[None] * (1 - bias))
+        y, after = convolve_token(given[0][:, 0], *given[1:], *[None] * (1 - bias))
     torch.testing.assert_close(y, found[0][0][:, 0])
-    assert torch.equal(after, torch.cat([before, given[0]], 1)[:, 1:width])
+    assert torch.equal(after, torch.cat([given[1], given[0]], 1)[:, 1:width])
 
 
 @needs_triton
@@ -654,7 +689,7 @@ no_gradient = {"h_ptr": None, "da_ptr": None}
 kernels = {
     "forward": (plain.forward_in_triton.forward, common | {"EVERY": 64, "HALVES": 2}),
     "bare": (plain.forward_in_triton.forward, common | {"EVERY": 64, "HALVES": 0}),
-    "ends": (plain.forward_in_triton.ends, common | {"HALVES": 2}),
+    "ends": (plain.forward_in_triton.ends, common | {"HALVES": 2, "REVERSE": False}),
     "plain": (plain.backward_in_triton.backward, common | {"BLOCK_D": plain.BACKWARD_D}),
     "gluon forward": (
         forward_in_gluon.forward,

@@ -83,6 +83,10 @@ def examples():
             starts = OPERATORS["selective_scan"](*whole)[2]
             ends = dy, dh_last, starts.detach(), softplus, exact, backend
             yield "selective_scan_backward", (*given, marks, *ends)
+        for exact, reverse in ((False, False), (True, False), (False, True)):
+            gate = given[6] if reverse else None
+            tensors = dy if reverse else given[0], *given[1:4], gate, given[7]
+            yield "selective_scan_end", (*tensors, softplus, exact, reverse, backend)
     step = [t[:, 0] if t.ndim == 3 else t for t in fused[:8]]
     yield "selective_step", (fused[8], *step[:2], fused[2], *step[3:])
     x, before, weight = random(2, 9, 5), random(2, 3, 5, seed=1), random(5, 4, seed=2)

@@ -135,6 +135,37 @@ def backward(
     return dx, ddt, x.new_empty(0) if z is None else dz, shared, own, dh0.mT
 
 
+def end(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    V: Tensor,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    exact: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return what the tokens give to what is after them, in the direction of the pass, and ΣΔ.
+
+    Forwards, of u = x and V = B, the last state, begun at zero: (batch, d_inner, d_state). In
+    reverse, of the gradient u = dy and V = C, what it adds to that of h0. ΣΔ: (batch, d_inner).
+    """
+    batch, length, d_inner = u.shape
+    u, dt, z = (_rows(tensor, False) for tensor in (u, dt, z))
+    A, V, dt_bias = _transposed(_float(A)), _float(V), _float(dt_bias)
+    chunk = _chunk(u, batch * triton.cdiv(d_inner, LANES), length, enough=3, resident=RESIDENT)
+    sizes, chunks = (length, chunk, d_inner, len(A)), triton.cdiv(length, chunk)
+    ends, spans = A.new_empty(batch, chunks, *A.shape), A.new_empty(batch, chunks, d_inner)
+    with on(u):
+        given = u, dt, A, V, z, dt_bias, None, ends, spans, chunks, chunk
+        _run_triton_ends(*given, sizes, 1, dt_softplus, exact, reverse)
+    after = spans.flip(1).cumsum(1).flip(1) - spans  # ΣΔ over the chunks that follow
+    # the decay of an unstable model may overflow where the state is zero
+    decay = torch.exp(after[:, :, None] * A).clamp(max=torch.finfo(A.dtype).max)
+    return (decay * ends).sum(1).mT, spans.sum(1)
+
+
 def _prepared(A, B, C, begins, zeros=None):
     """Return A turned, (d_state, d_inner), B, C, and what begins adds to exponents, if given.
 
@@ -193,7 +224,7 @@ def _run(x, dt, A, B, C, D, z, dt_bias, h0, begins, dt_softplus, exact, every):
     with on(x):
         if chunks > 1:
             given = x, dt, A, B, None, dt_bias, begins
-            ends, spans = _run_ends(*given, sizes, config, reverse=False)
+            ends, spans = _run_ends(*given, sizes, dt_softplus, exact, reverse=False)
         given = x, dt, A, B, C, D, z, dt_bias, h0, begins, ends, spans, y, starts, h_last
         how = {"HALVES": ends.shape[2] if chunks > 1 else 0, "EVERY": every or length}
         grid = (batch * chunks * blocks,)
@@ -209,33 +240,43 @@ def _run(x, dt, A, B, C, D, z, dt_bias, h0, begins, dt_softplus, exact, every):
     return y, h_last.mT, starts
 
 
-def _run_ends(u, dt, A, V, z, dt_bias, begins, sizes, config, reverse):
+def _run_ends(u, dt, A, V, z, dt_bias, begins, sizes, dt_softplus, exact, reverse):
     """What every chunk but one gives to the chunks after it, in the direction of the pass.
 
     (batch, chunks − 1, 1 or 2, …): of the whole chunk, or of its head and of its tail.
     """
     batch, (length, chunk, d_inner, d_state) = len(u), sizes
-    chunks, blocks = triton.cdiv(length, chunk), triton.cdiv(d_inner, LANES)
+    chunks = triton.cdiv(length, chunk)
     halves, share = _share(chunks, chunk)
     ends = A.new_empty(batch, chunks - 1, halves, d_state, d_inner)
     spans = A.new_empty(batch, chunks - 1, halves, d_inner)
-    given = ends, spans, share, length, chunk, d_inner
-    programs = batch * chunks * blocks
-    if _takes(u, d_state, config["EXACT"]):
+    given = u, dt, A, V, z, dt_bias, begins, ends, spans
+    if _takes(u, d_state, exact):
         constants = forward_in_gluon.ends_config(d_state)
-        forward_in_gluon.ends[programs, d_state // constants["N"]](
-            u, dt, A, V, z, dt_bias, begins, *given,
-            *_pieces(u), *_pieces(dt), *_pieces(z),
-            HALVES=halves, SOFTPLUS=config["SOFTPLUS"], WHOLE=d_inner % LANES == 0,
-            REVERSE=reverse, **constants,
+        grid = batch * chunks * triton.cdiv(d_inner, LANES), d_state // constants["N"]
+        forward_in_gluon.ends[grid](
+            *given, share, length, chunk, d_inner, *_pieces(u), *_pieces(dt), *_pieces(z),
+            HALVES=halves, SOFTPLUS=dt_softplus, WHOLE=d_inner % LANES == 0, REVERSE=reverse,
+            **constants,
         )  # fmt: skip
-    else:  # no backward pass in Triton is cut into chunks
-        config = config | _config(min(d_state, STATES), config["SOFTPLUS"], config["EXACT"])
-        forward_in_triton.ends[programs, triton.cdiv(d_state, STATES)](
-            u, dt, A, V, dt_bias, begins, *given, d_state,
-            *_strides(u), *_strides(dt), HALVES=halves, **config,
-        )  # fmt: skip
+    else:
+        how = chunks - 1, share, sizes, halves, dt_softplus, exact, reverse
+        _run_triton_ends(*given, *how)
     return ends, spans
+
+
+def _run_triton_ends(
+    u, dt, A, V, z, dt_bias, begins, ends, spans, kept, share, sizes, halves, dt_softplus, exact,
+    reverse,
+):  # fmt: skip
+    """Write what the first or, in reverse, the last `kept` chunks give to those after them."""
+    batch, (length, chunk, d_inner, d_state) = len(u), sizes
+    programs = batch * triton.cdiv(length, chunk) * triton.cdiv(d_inner, LANES)
+    forward_in_triton.ends[programs, triton.cdiv(d_state, STATES)](
+        u, dt, A, V, z, dt_bias, begins, ends, spans, kept, share, *sizes,
+        *_strides(u), *_strides(dt), *_strides(z),
+        HALVES=halves, REVERSE=reverse, **_config(min(d_state, STATES), dt_softplus, exact),
+    )  # fmt: skip
 
 
 def _share(chunks: int, chunk: int) -> tuple[int, int]:
@@ -280,9 +321,9 @@ def _run_gluon_backward(
     ends = spans = None
     with on(x):
         if chunks > 1:
-            sizes, config = (length, chunk, d_inner, d_state), _config(d_state, dt_softplus, exact)
+            sizes = length, chunk, d_inner, d_state
             given = dy, dt, A, C, z, dt_bias, begins
-            ends, spans = _run_ends(*given, sizes, config, reverse=True)
+            ends, spans = _run_ends(*given, sizes, dt_softplus, exact, reverse=True)
         given = x, dt, A, B, C, D, z, dt_bias, begins, starts, dy, dh_last, ends, spans
         strides = *_pieces(x), *_pieces(dt), *_pieces(z), *_pieces(dy)
         backward_in_gluon.backward[(batch * chunks * groups,)](

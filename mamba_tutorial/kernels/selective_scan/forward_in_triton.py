@@ -150,27 +150,29 @@ def forward(
 
 @triton.jit
 def ends(
-    x_ptr, dt_ptr, A_ptr, B_ptr, bias_ptr, begins_ptr, ends_ptr, spans_ptr, share,
-    length, chunk, d_inner, d_state, x_batch, x_row, dt_batch, dt_row,
+    u_ptr, dt_ptr, A_ptr, V_ptr, z_ptr, bias_ptr, begins_ptr, ends_ptr, spans_ptr, kept, share,
+    length, chunk, d_inner, d_state, u_batch, u_row, dt_batch, dt_row, z_batch, z_row,
     HALVES: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
+    SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """What all chunks but the last give to the next, from nothing, and their lengths ΣΔ.
+    """What chunks give to the next, from nothing, and their lengths ΣΔ.
 
-    Where a sequence begins in between, nothing goes through, and ΣΔ is below zero.
+    Forwards u = x, V = B and h ← a h + Δ u V, for the first `kept` chunks. In reverse u = dy, V = C
+    and G ← a (G + u silu(z) V), the gradient of the state before; for the last `kept`. Where a
+    sequence begins in between, nothing goes through, and ΣΔ is below zero.
 
     The states do not meet, so a program takes BLOCK_N of them: its number along the second axis.
 
-    One chunk less than there are programs in `forward`: some schedulers would have one warp, and
-    the others two. So, where it pays, as many programs share the work evenly, `share` tokens each:
-    a program does the tail of one chunk and the head of the next.
+    Mostly that is one chunk less than there are programs in `forward`: some schedulers would have
+    one warp, and the others two. So, where it pays, as many programs share the work evenly, `share`
+    tokens each: a program does the tail of one chunk and the head of the next.
     """
     chunks = tl.cdiv(length, chunk)
     block, part, batch = place(d_inner, chunks, BLOCK_D)
     t, n = tl.arange(0, TILE)[:, None], tl.arange(0, BLOCK_N)
     skipped = tl.program_id(1) * BLOCK_N  # states that other programs take
     A_ptr += skipped * d_inner
-    B_ptr += skipped
+    V_ptr += skipped
     ends_ptr += skipped * d_inner
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     real, states = (d < d_inner)[None, :], (n < d_state - skipped)[None, :]
@@ -182,36 +184,52 @@ def ends(
     for half in range(2 - HALVES, 2):
         begin, end = part * share, part * chunk  # the tail of the chunk before
         if half == 1:
-            begin, end = end, tl.minimum(begin + share, (chunks - 1) * chunk)
+            begin, end = end, tl.minimum(begin + share, kept * chunk)
+        if REVERSE:
+            begin, end = chunks * chunk - end, chunks * chunk - begin
         first = begin.to(tl.int64)
-        x_row_ptr = x_ptr + batch * x_batch + first * x_row
+        u_row_ptr = u_ptr + batch * u_batch + first * u_row
         dt_row_ptr = dt_ptr + batch * dt_batch + first * dt_row
-        B_row_ptr = B_ptr + (batch * length + first) * d_state
+        V_row_ptr = V_ptr + (batch * length + first) * d_state
+        if z_ptr is not None:
+            z_row_ptr = z_ptr + batch * z_batch + first * z_row
         h = tl.zeros([1, BLOCK_N, BLOCK_D], tl.float32)
         span = tl.zeros([TILE, BLOCK_D], tl.float32)
-        tokens = end - begin
+        tokens = tl.minimum(end, length) - begin
         for start in tl.range(0, tokens, TILE, num_stages=3):
             row = start + t
-            inside = row < tokens
-            x = tl.load(x_row_ptr + row * x_row + d[None, :], inside & real, 0.0).to(tl.float32)
+            if REVERSE:
+                row = tokens - 1 - start - t
+            inside = start + t < tokens
+            u = tl.load(u_row_ptr + row * u_row + d[None, :], inside & real, 0.0).to(tl.float32)
             dt = tl.load(dt_row_ptr + row * dt_row + d[None, :], inside & real, 0.0)
-            B = tl.load(B_row_ptr + row * d_state + n[None, :], inside & states, 0.0)
+            V = tl.load(V_row_ptr + row * d_state + n[None, :], inside & states, 0.0)
             step = step_size(dt.to(tl.float32) + bias, inside, SOFTPLUS)
             span += step
             exponent = step[:, None, :] * A2
             a = tl.exp2(exponent)
-            b = (step * x)[:, None, :] * B[:, :, None]
-            if EXACT:
+            if REVERSE:
+                if z_ptr is not None:
+                    z = tl.load(z_row_ptr + row * z_row + d[None, :], inside & real, 0.0)
+                    z = z.to(tl.float32)
+                    u *= z * sigmoid(z)
+            else:
+                u *= step
+            b = u[:, None, :] * V[:, :, None]
+            if EXACT and not REVERSE:
                 b *= exprel(step[:, None, :] * A, a)
             if begins_ptr is not None:
                 barrier = closed(begins_ptr + batch * length + first, row, inside)
                 a = tl.exp2(exponent + barrier[:, :, None])
                 span += barrier
             for k in tl.static_range(TILE):
-                h = row_of(a, k) * h + row_of(b, k)
+                if REVERSE:
+                    h = row_of(a, k) * (h + row_of(b, k))
+                else:
+                    h = row_of(a, k) * h + row_of(b, k)
         record = HALVES * part + half - 1
-        known = (record >= 0) & (record < HALVES * (chunks - 1))
-        slot = batch * HALVES * (chunks - 1) + record
+        known = (record >= 0) & (record < HALVES * kept)
+        slot = batch * HALVES * kept + record
         tl.store(ends_ptr + slot * d_state * d_inner + at, h, known & square)
         span = tl.sum(span, axis=0)[None, :]
         tl.store(spans_ptr + slot * d_inner + d[None, :], span, known & real)
