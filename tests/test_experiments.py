@@ -130,7 +130,7 @@ VERDICT = [
     "gates",
     "gates_long",
     "induction",
-    "induction_convolved",
+    "induction_small",
     "recall",
     "recall_convolved",
     "recall_starts",

@@ -37,7 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mamba_tutorial import distributed, selective
-from mamba_tutorial.benchmark.measuring import Row, attempt, hardware, relative
+from mamba_tutorial.benchmark.measuring import Row, attempt, relative, saved
 from mamba_tutorial.benchmark.scans import scan_inputs
 from mamba_tutorial.mamba import MambaBlock, MambaConfig
 
@@ -307,15 +307,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.exit(1, "PyTorch sees no GPU here\n")
-    results = []
-    for row in tqdm(rows(torch.cuda.device_count()), disable=None):
-        results.append(row)
-        tqdm.write(json.dumps(row))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        record = {"command": COMMAND, "environment": hardware(), "results": results}
-        text = json.dumps(record, indent=1)
-        (options.out / "gpu_distributed.json").write_text(text + "\n")
+    path = options.out and options.out / "gpu_distributed.json"
+    found = saved(rows(torch.cuda.device_count()), COMMAND, path)
+    for row in tqdm(found, disable=None):
+        tqdm.write(json.dumps(row))
 
 
 if __name__ == "__main__":

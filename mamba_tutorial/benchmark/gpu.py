@@ -12,7 +12,6 @@ recorded in a graph it is called directly, and the row says so.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from mamba_tutorial.benchmark.attention import attention
 from mamba_tutorial.benchmark.learning import block, layers, training, transformers
-from mamba_tutorial.benchmark.measuring import hardware
+from mamba_tutorial.benchmark.measuring import saved
 from mamba_tutorial.benchmark.recurrence import recurrence
 from mamba_tutorial.benchmark.scans import lessons, selective, starts, sweep
 from mamba_tutorial.benchmark.writing import contexts, decode, generation
@@ -55,19 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.exit(1, "PyTorch sees no GPU here\n")
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
     for name in options.only or SECTIONS:
-        rows = []
-        for row in tqdm(SECTIONS[name](), desc=name, disable=None):
-            rows.append(row)
+        path = options.out and options.out / f"gpu_{name}.json"
+        rows = saved(SECTIONS[name](), f"{COMMAND} --only {name}", path)
+        for row in tqdm(rows, desc=name, disable=None):
             shown = " ".join(
                 f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items()
             )
             tqdm.write(f"{name}: {shown}")
-        if options.out:
-            options.out.mkdir(parents=True, exist_ok=True)
-            record = {"command": f"{COMMAND} --only {name}", "environment": hardware()}
-            text = json.dumps(record | {"results": rows}, indent=1)
-            (options.out / f"gpu_{name}.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 import gc
 import importlib
+import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -105,3 +107,19 @@ def hardware() -> Row:
         except ImportError:
             versions[name] = "not installed"
     return environment() | versions | {"cuda": torch.version.cuda, "nvidia_smi": said}
+
+
+def saved(rows: Iterable[Row], command: str, path: Path | None) -> Iterator[Row]:
+    """Yield the rows; write those so far to a file after each, so that a stop loses none.
+
+    Args:
+        rows: as they are measured.
+        command: that measures them.
+        path: of the record, in a folder that exists; None writes nothing.
+    """
+    record = {"command": command, "environment": hardware(), "results": []}
+    for row in rows:
+        record["results"].append(row)
+        if path is not None:
+            path.write_text(json.dumps(record, indent=1) + "\n")
+        yield row
