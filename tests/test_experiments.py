@@ -134,6 +134,7 @@ VERDICT = [
     "recall",
     "recall_convolved",
     "recall_starts",
+    "recall_small",
     "copying",
     "copying_fixed",
     "parity",

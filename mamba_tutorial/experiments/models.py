@@ -108,8 +108,8 @@ class GatedLayer(nn.Module):
 class Convolved(nn.Module):
     """attention(c(u)), with c the short causal convolution of a Mamba block, silu included.
 
-    So the tokens just before are seen without being looked for. Arora et al. (2023) put a
-    convolution before the attention that they compare with.
+    So the tokens just before are seen without being looked for. The code that goes with Arora et
+    al. (2023) has one before the attention that it compares with.
     """
 
     def __init__(self, attention: Attention, d_model: int, width: int):

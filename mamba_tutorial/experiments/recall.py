@@ -3,8 +3,8 @@
 MQAR is trained at length 256 with 4 to 64 pairs, a number drawn for each batch; the authors of the
 task (Arora et al. 2023) train at lengths 64 to 256 in a fixed order. It is tested at up to 256
 pairs in 1024 tokens. In "recall" nothing is learned; "recall_convolved" gives attention the short
-convolution that a Mamba block has, as those authors do, and "recall_starts" gives Mamba another
-start and higher rates.
+convolution that a Mamba block has, as their code does, and "recall_starts" gives Mamba another
+start and higher rates. "recall_small" has all of these at a size for a CPU.
 
 Copying is trained with one number of tokens for each model. "copying_fixed" is its control: layers
 that are linear and time-invariant, whose state has 4096 numbers a layer, when that of Mamba has 512
@@ -117,6 +117,26 @@ EXPERIMENTS = {
                 for d_model, d_state in ((64, 4), (64, 16), (64, 64), (128, 64))
             },
             "64 × 64, as usual": _mamba(64, 64),
+        },
+    },
+    "recall_small": {
+        "task": "associative_recall",
+        "length": 64,
+        "pairs": [4, 8],
+        "vocab": 64,
+        "batch": 32,
+        "steps": 3000,
+        "stop_at": 0.9999,
+        "tested": 256,
+        "tests": [[4, 64], [8, 64]],
+        "learning_rates": [1e-2, 3e-3],
+        "seeds": [0, 1, 2],
+        "quick": {"length": 32, "pairs": 4, "steps": 400, "tested": 128, "tests": [[4, 32]]},
+        "models": {
+            "Mamba": _mamba(32, 16),
+            "Mamba, A near 0, Δ = 1": {**_mamba(32, 16), "start": ["A", "dt"]},
+            "attention": _attention(32),
+            "attention after a convolution": {**_attention(32), "conv": 4},
         },
     },
     "copying": _copying(
