@@ -182,10 +182,7 @@ class CausalConv1d(nn.Conv1d):
         has_kernel = x.is_cuda and x.dtype != torch.float64 and width < 7 and HAS_TRITON
         if x.ndim == 2:
             return _CONV_STEP(*given) if has_kernel else _convolve_token(*given)
-        if starts is not None:
-            y = _convolve_in_a_row(*given, starts)
-        else:
-            y = _CONV(*given) if has_kernel else _convolve(*given)
+        y = (_CONV if has_kernel else _convolve)(*given, starts)
         if first:
             return y, None
         end = torch.cat([before, x[:, max(0, x.shape[1] - width) :]], 1)
@@ -333,9 +330,16 @@ def _check_config(config: MambaConfig) -> None:
 # The convolution as an operator: (x, before, weight, bias), with the weight (channels, width).
 
 
-def _convolve(x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    window, length = torch.cat([before, x], 1), x.shape[1]
-    return _weighed([window[:, k : k + length] for k in range(weight.shape[1])], weight, bias)
+def _convolve(
+    x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None
+) -> Tensor:
+    """With starts, the window of a token ends at the start of its sequence."""
+    window, length, width = torch.cat([before, x], 1), x.shape[1], weight.shape[1]
+    taps = [window[:, k : k + length] for k in range(width)]
+    if starts is not None:
+        since = _since_start(starts)[..., None]
+        taps = [tap.masked_fill(since < width - 1 - k, 0) for k, tap in enumerate(taps)]
+    return _weighed(taps, weight, bias)
 
 
 def _convolve_token(
@@ -343,16 +347,6 @@ def _convolve_token(
 ) -> tuple[Tensor, Tensor]:
     window = torch.cat([before, x[:, None]], 1)
     return _weighed(window.unbind(1), weight, bias), window[:, 1:]
-
-
-def _convolve_in_a_row(
-    x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor
-) -> Tensor:
-    """`_convolve`, where the window of a token ends at the start of its sequence."""
-    window, (_, length), width = torch.cat([before, x], 1), starts.shape, weight.shape[1]
-    since = _since_start(starts)[..., None]
-    taps = [window[:, k : k + length].masked_fill(since < width - 1 - k, 0) for k in range(width)]
-    return _weighed(taps, weight, bias)
 
 
 def _since_start(starts: Tensor) -> Tensor:
@@ -377,34 +371,35 @@ def _weighed(tokens: Iterable[Tensor], weight: Tensor, bias: Tensor | None) -> T
     return F.silu(total).to(token.dtype)
 
 
-def _run_convolution(x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _run_convolution(*given: Tensor | None) -> Tensor:
     from mamba_tutorial.kernels.conv import causal_conv
 
-    return causal_conv(x, before, weight, bias)
+    return causal_conv(*given)
 
 
 def _convolution_gradient(wanted, upstream, inputs, kept) -> Iterable[Tensor | None]:
     dx, sums = _CONV_GRADIENTS(*upstream, *inputs)
-    return dx, _gradient_before(*upstream, *inputs) if wanted[1] else None, sums[:-1].mT, sums[-1]
+    dbefore = _gradient_before(*upstream, *inputs) if wanted[1] else None
+    return dx, dbefore, sums[:-1].mT, sums[-1], None
 
 
-def _gradient_before(dy, x, before, weight, bias) -> Tensor:
+def _gradient_before(dy, x, before, weight, bias, starts) -> Tensor:
     """The kernel knows none for the tokens before. As many tokens after them see them."""
-    seeing, wanted = slice(before.shape[1]), (False, True, False, False)
-    given = x[:, seeing], before, weight, bias
+    seeing, wanted = slice(before.shape[1]), (False, True, False, False, False)
+    given = x[:, seeing], before, weight, bias, None if starts is None else starts[:, seeing]
     return vjp(_convolve, wanted, (dy[:, seeing],), given)[1]
 
 
-def _run_convolution_gradients(dy, x, before, weight, bias) -> tuple[Tensor, Tensor]:
+def _run_convolution_gradients(*given: Tensor | None) -> tuple[Tensor, Tensor]:
     from mamba_tutorial.kernels.conv import gradients
 
-    return gradients(dy, x, before, weight, bias)
+    return gradients(*given)
 
 
-def _convolution_gradients(dy, x, before, weight, bias) -> tuple[Tensor, Tensor]:
+def _convolution_gradients(dy, x, before, weight, bias, starts) -> tuple[Tensor, Tensor]:
     bias = torch.zeros_like(weight[:, 0]) if bias is None else bias
-    wanted = True, False, True, True
-    dx, _, dweight, dbias = vjp(_convolve, wanted, (dy,), (x, before, weight, bias))
+    wanted, given = (True, False, True, True, False), (x, before, weight, bias, starts)
+    dx, _, dweight, dbias, _ = vjp(_convolve, wanted, (dy,), given)
     return dx, torch.cat([dweight.mT, dbias[None]]).float()
 
 
@@ -416,7 +411,7 @@ def _run_convolution_step(x, before, weight, bias) -> tuple[Tensor, Tensor]:
 
 _CONV = register(
     "causal_conv",
-    "(Tensor x, Tensor before, Tensor weight, Tensor? bias) -> Tensor",
+    "(Tensor x, Tensor before, Tensor weight, Tensor? bias, Tensor? starts) -> Tensor",
     run=_run_convolution,
     like=lambda x, *_: x.new_empty(x.shape),
     definition=_convolve,
@@ -424,9 +419,10 @@ _CONV = register(
 )
 _CONV_GRADIENTS = register(
     "causal_conv_backward",
-    "(Tensor dy, Tensor x, Tensor before, Tensor weight, Tensor? bias) -> (Tensor, Tensor)",
+    "(Tensor dy, Tensor x, Tensor before, Tensor weight, Tensor? bias, Tensor? starts)"
+    " -> (Tensor, Tensor)",
     run=_run_convolution_gradients,
-    like=lambda dy, x, before, weight, bias: (
+    like=lambda dy, x, before, weight, *_: (
         x.new_empty(x.shape),
         x.new_empty(weight.shape[1] + 1, weight.shape[0], dtype=torch.float32),
     ),

@@ -557,13 +557,31 @@ def test_scan_kernel_says_what_it_cannot_do():
 # the short convolution, and one token at a time
 
 
+def sequence_by_sequence(x, before, weight, bias, starts):
+    """conv1d and silu of every sequence of a row by itself; only the first has tokens before."""
+    rows = []
+    for row, first, begins in zip(x, before, starts, strict=True):
+        borders = [k for k in begins.nonzero().flatten().tolist() if k > 0]
+        zeros = torch.zeros_like(first)
+        firsts = [zeros if begins[0] else first] + [zeros] * len(borders)
+        parts = row.tensor_split(borders)
+        windows = [torch.cat(both).mT for both in zip(firsts, parts, strict=True)]
+        channels = len(weight)
+        parts = [F.conv1d(w, weight[:, None], bias, groups=channels).mT for w in windows]
+        rows.append(F.silu(torch.cat(parts)))
+    return torch.stack(rows)
+
+
 @needs_triton
+@pytest.mark.parametrize("share", [0, 0.2, 1])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     ("batch", "length", "channels", "width"),
     [(1, 1, 1, 4), (2, 37, 9, 4), (1, 300, 3, 2), (1, 5, 3, 1)],
 )
-def test_convolution_kernels_are_conv1d_and_silu(batch, length, channels, width, bias, monkeypatch):
+def test_convolution_kernels_are_conv1d_and_silu(
+    batch, length, channels, width, bias, share, monkeypatch
+):
     convolve, convolve_token = OPERATORS["causal_conv"], OPERATORS["causal_conv_step"]
     generator = torch.Generator().manual_seed(0)
 
@@ -576,24 +594,27 @@ def test_convolution_kernels_are_conv1d_and_silu(batch, length, channels, width,
     )
     given = [x, before, random(channels, width)] + [random(channels)] * bias
     upstream = random(batch, length, channels)
+    starts = (torch.rand(batch, length, generator=generator) < share).to(DEVICE)
     found, gradients = [], OPERATORS["causal_conv_backward"]
     kernel = mock.Mock(wraps=gradients.run)
     monkeypatch.setattr(gradients, "run", kernel)
     for exact in (False, True):
         leaves = [(t.double() if exact else t).detach().requires_grad_() for t in given]
         x, before, weight, *rest = leaves
+        rest = *rest, *[None] * (1 - bias)
         if exact:
-            window = torch.cat([before, x], 1).mT
-            y = F.silu(F.conv1d(window, weight[:, None], *rest, groups=channels).mT)
+            y = sequence_by_sequence(x, before, weight, *rest, starts)
         else:
-            y = convolve(x, before, weight, *rest, *[None] * (1 - bias))
-        found.append([y, *torch.autograd.grad(y, leaves, upstream.to(y.dtype))])
+            y = convolve(x, before, weight, *rest, starts if share else None)
+        upstream = upstream.to(y.dtype)
+        found.append([y, *torch.autograd.grad(y, leaves, upstream, materialize_grads=True)])
     kernel.assert_called_once()  # also where the tokens before have a gradient
     for value, exact in zip(*found, strict=True):
         assert (value - exact).norm() <= 2e-6 * exact.norm()
     with torch.no_grad():
         y, after = convolve_token(given[0][:, 0], *given[1:], *[None] * (1 - bias))
-    torch.testing.assert_close(y, found[0][0][:, 0])
+    if not share:
+        torch.testing.assert_close(y, found[0][0][:, 0])
     assert torch.equal(after, torch.cat([given[1], given[0]], 1)[:, 1:width])
 
 
@@ -729,6 +750,7 @@ backend, chip = sys.argv[1].split(":")
 chip = int(chip) if chip.isdigit() else chip
 target = GPUTarget(backend, chip, 64 if str(chip).startswith("gfx9") else 32)
 without = {"D_ptr", "z_ptr", "bias_ptr", "h0_ptr", "ends_ptr", "spans_ptr", "starts_ptr"}
+marked = plain.around.prepare, conv._convolve, conv._upstream, conv._gather
 
 
 def build(kernel, constants):
@@ -737,7 +759,7 @@ def build(kernel, constants):
     signature = {
         name: "constexpr" if name in constants
         else "*bf16" if name in half
-        else "*u8" if kernel is plain.around.prepare and name == "starts_ptr"
+        else "*u8" if kernel in marked and name == "starts_ptr"
         else "*i64" if name == "words_ptr"
         else "*fp32" if name.endswith("_ptr")
         else "i32"

@@ -90,8 +90,10 @@ def examples():
     step = [t[:, 0] if t.ndim == 3 else t for t in fused[:8]]
     yield "selective_step", (fused[8], *step[:2], fused[2], *step[3:])
     x, before, weight = random(2, 9, 5), random(2, 3, 5, seed=1), random(5, 4, seed=2)
-    yield "causal_conv", (x, before, weight, random(5, seed=3))
-    yield "causal_conv_backward", (random(2, 9, 5, seed=4), x, before, weight, None)
+    row = torch.arange(18).view(2, 9) % 4 == 2
+    for starts in (None, row):
+        yield "causal_conv", (x, before, weight, random(5, seed=3), starts)
+        yield "causal_conv_backward", (random(2, 9, 5, seed=4), x, before, weight, None, starts)
     yield "causal_conv_step", (x[:, 0], before, weight, None)
     Lambda, P, B, C = (
         torch.complex(random(3, 4, seed=k), random(3, 4, seed=k + 9)) for k in range(4)
@@ -583,9 +585,9 @@ def test_the_convolution_knows_the_tokens_before():
         random(2, 3, 5, seed=1).requires_grad_(),
         random(5, 4, seed=2).requires_grad_(),
     )
-    result = torch.autograd.grad(operator(x, before, weight, None).sum(), [x, before, weight])
+    result = torch.autograd.grad(operator(x, before, weight, None, None).sum(), [x, before, weight])
     expected = torch.autograd.grad(
-        operator.definition(x, before, weight, None).sum(), [x, before, weight]
+        operator.definition(x, before, weight, None, None).sum(), [x, before, weight]
     )
     for value, exact in zip(result, expected, strict=True):
         torch.testing.assert_close(value, exact, rtol=1e-4, atol=1e-5)

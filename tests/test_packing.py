@@ -213,9 +213,8 @@ def test_what_chunks_give_to_the_next(length, place, monkeypatch):
     options = {"dt_softplus": True, "return_last_state": True, "backend": "sequential"}
     x, dt, A, B, C, _, _, bias = given.values()
     A, B, _, begins = kernel._prepared(A, B, C, starts)
-    sizes, config = (length, chunk, 4, 3), kernel._config(3, dt_softplus=True, exact=False)
-    packed = x, dt, A, B, None, bias, begins
-    ends, spans = kernel._run_ends(*packed, sizes, config, reverse=False)
+    packed, rules = (x, dt, A, B, None, bias, begins), (True, False)  # softplus, Euler's rule
+    ends, spans = kernel._run_ends(*packed, (length, chunk, 4, 3), *rules, reverse=False)
     h = before.mT.double()
     for end, span in zip(ends.flatten(0, 2), spans.flatten(0, 2), strict=True):
         h = torch.where(span < 0, 0, torch.exp(A.double() * span.clamp(min=0)) * h) + end
