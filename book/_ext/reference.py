@@ -178,13 +178,15 @@ def paragraph(block: str, module: str) -> list[nodes.Node]:
 
 
 def inline(text: str, module: str) -> list[nodes.Node]:
-    """Return a text with `code` and *stressed* words."""
+    """Return a text with `code`, *stressed* words and **headings** of paragraphs."""
     found = []
-    for part in re.split(r"(`[^`]+`|(?<!\w)\*\w+\*)", text.strip()):
+    for part in re.split(r"(`[^`]+`|(?<!\w)\*\*\w[^*]+\*\*|(?<!\w)\*\w+\*)", text.strip()):
         if part.startswith("`"):
             found.append(nodes.literal("", part.strip("`"), module=module))
         elif re.fullmatch(r"\*\w+\*", part):
             found.append(nodes.emphasis("", part.strip("*")))
+        elif re.fullmatch(r"\*\*\w[^*]+\*\*", part):
+            found.append(nodes.strong("", part.strip("*")))
         else:
             found.append(nodes.Text(part))
     return found
