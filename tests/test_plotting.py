@@ -146,6 +146,7 @@ def test_drawings_are_light_and_the_same_each_time(name):
 
 def test_numbers_at_an_axis_are_all_of_one_kind():
     assert written([0.001, 1, 10_000]) == ["0.001", "1", "10,000"]
+    assert written([1, 1e6]) == ["1", "1,000,000"]
     assert written([-0.5, 0, 2]) == ["−0.5", "0", "2"]
     assert written([1e-6, 1, 1e3, 3e4]) == ["10⁻⁶", "1", "10³", "3 · 10⁴"]
 

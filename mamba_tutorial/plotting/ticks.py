@@ -13,7 +13,7 @@ def written(values: Sequence[float]) -> list[str]:
     """Write numbers, all in full if all lie between 0.0001 and a million, else as powers of ten."""
     sizes = [abs(value) for value in values if value]
     if not sizes or (min(sizes) > 0.99e-4 and max(sizes) < 1.01e6):
-        return [f"{value:,.6g}".replace("-", "−") for value in values]
+        return [f"{value:,.7g}".replace("-", "−") for value in values]
     return [_as_power(value) if value else "0" for value in values]
 
 
