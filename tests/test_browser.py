@@ -121,6 +121,15 @@ def state(figure):
     return figure.locator("svg").first.inner_html(), figure.locator("output").inner_text()
 
 
+TIMED = """(input) => {
+  const begun = performance.now();
+  input.value = input.value === input.min ? input.max : input.min;
+  input.dispatchEvent(new Event("input", {bubbles: true}));
+  document.body.getBoundingClientRect();  // with the page laid out anew
+  return performance.now() - begun;
+}"""
+
+
 def move_figures(page, touch):
     """Move each slider in each way that there is; each must change the drawing and the words."""
     for figure in page.locator(".mamba-slider").all():
@@ -139,6 +148,7 @@ def move_figures(page, touch):
         for before, after in pairwise(seen):
             assert after[0] != before[0]
             assert after[1] != before[1]
+        assert track.evaluate(TIMED) < 100  # milliseconds; some four
         if touch:
             smallest = figure.locator("text").evaluate_all(
                 "all => Math.min(...all.filter((text) => text.getClientRects().length).map("
