@@ -725,17 +725,20 @@ kernels = {
         forward_in_gluon.ends_config(4) | softplus | {"WHOLE": False, "REVERSE": True},
     ),
     "gluon backward": (
-        backward_in_gluon.backward, backward_in_gluon.config(16) | softplus | {"WHOLE": True}
+        backward_in_gluon.backward,
+        backward_in_gluon.config(16) | softplus | {"WHOLE": True, "SECTION": 64},
     ),
     "few states": (
-        backward_in_gluon.backward, backward_in_gluon.config(4) | softplus | {"WHOLE": False}
+        backward_in_gluon.backward,
+        backward_in_gluon.config(4) | softplus | {"WHOLE": False, "SECTION": 32},
     ),
     "many states": (
         forward_in_gluon.forward,
         forward_in_gluon.config(128) | softplus | {"EVERY": 64, "WHOLE": False},
     ),
     "many states backward": (
-        backward_in_gluon.backward, backward_in_gluon.config(128) | softplus | {"WHOLE": False}
+        backward_in_gluon.backward,
+        backward_in_gluon.config(128) | softplus | {"WHOLE": False, "SECTION": 64},
     ),
     "tile": (scan.in_triton.scan_tile, cut | tile | no_gradient),
     "staged tile": (scan.in_gluon.scan_tile, cut | staged_tile | no_gradient),

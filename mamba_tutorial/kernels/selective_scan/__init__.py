@@ -8,6 +8,7 @@ size (batch, length, d_inner, d_state) never leave the chip.
 - `forward_in_triton`, `backward_in_triton`: for all sizes and rules.
 - `forward_in_gluon`, `backward_in_gluon`: for up to 128 states, B by Euler's rule, and Ampere or
   later (`_takes`).
+- `cutting`: into how many chunks the length is cut.
 - `around`: what is needed before and after. A short sequence is over as soon as kernels are
   started; so float32 copies of B and C, A turned, and zeros, take one kernel, and all sums another.
 
@@ -27,8 +28,6 @@ others once more. Sums over channels, for B and C, are written per program and a
 so that two runs give the same bits.
 """
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,16 +39,17 @@ from mamba_tutorial.kernels.selective_scan import (
     around,
     backward_in_gluon,
     backward_in_triton,
+    cutting,
     forward_in_gluon,
     forward_in_triton,
 )
+from mamba_tutorial.kernels.selective_scan.cutting import Kernel
 
 LANES = 32
 BACKWARD_D = 8  # channels of a program of `backward`
-RESIDENT = 8  # programs of `forward` for each multiprocessor, where the length is cut
-SECTION = backward_in_gluon.SECTION  # tokens; a chunk has some of them
+SECTION = 64  # tokens between two states that are kept; a half where the length is SHORT and cut
+SHORT = 64 * SECTION
 STATES = 16  # of a program of `ends` in Triton, at most
-LONG = 256  # tokens of a chunk, from which on `ends` is quicker in Triton, forwards, by measurement
 
 
 def forward(
@@ -90,7 +90,10 @@ def forward(
 
 def spacing(x: Tensor, d_state: int, exact: bool) -> int:
     """Return of how many tokens the backward pass needs one state."""
-    return SECTION if _takes(x, d_state, exact) else _tile(d_state)
+    if not _takes(x, d_state, exact):
+        return _tile(d_state)
+    chunk = _backward_chunk(x, kept_states(x, d_state, exact))
+    return SECTION // 2 if chunk < x.shape[1] and chunk % SECTION else SECTION
 
 
 def kept_states(x: Tensor, d_state: int, exact: bool) -> int:
@@ -157,7 +160,7 @@ def end(
     batch, length, d_inner = u.shape
     u, dt, z = (_rows(tensor, False) for tensor in (u, dt, z))
     A, V, dt_bias = _transposed(_float(A)), _float(V), _float(dt_bias)
-    chunk = _chunk(u, batch * triton.cdiv(d_inner, LANES), length, enough=3, resident=RESIDENT)
+    chunk = _forward_chunk(u, len(A), in_gluon=False, step=cutting.TILE)
     sizes, chunks = (length, chunk, d_inner, len(A)), triton.cdiv(length, chunk)
     ends, spans = A.new_empty(batch, chunks, *A.shape), A.new_empty(batch, chunks, d_inner)
     with on(u):
@@ -211,13 +214,8 @@ def _sums(shared: Tensor, own: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
 def _run(x, dt, A, B, C, D, z, dt_bias, h0, begins, dt_softplus, exact, every):
     """Forward; return y, the last state, and the state before every `every` tokens, if asked."""
     batch, length, d_inner = x.shape
-    d_state, blocks = A.shape[0], triton.cdiv(d_inner, LANES)
-    in_gluon, enough, resident = _takes(x, d_state, exact), 3, RESIDENT  # by measurement
-    if in_gluon:  # a row of channels has several warps
-        constants = forward_in_gluon.config(d_state)
-        warps = constants["num_warps"]
-        enough, resident = max(1, 3 / warps), 2 * RESIDENT // warps
-    chunk = _chunk(x, batch * blocks, length, enough, resident)
+    d_state, in_gluon = A.shape[0], _takes(x, A.shape[0], exact)
+    chunk = _forward_chunk(x, d_state, in_gluon, step=max(every or 0, cutting.TILE))
     chunks = triton.cdiv(length, chunk)
     sizes = length, chunk, d_inner, d_state
     config = _config(d_state, dt_softplus, exact)
@@ -229,13 +227,14 @@ def _run(x, dt, A, B, C, D, z, dt_bias, h0, begins, dt_softplus, exact, every):
             given = x, dt, A, B, None, dt_bias, begins
             ends, spans = _run_ends(*given, sizes, dt_softplus, exact, reverse=False)
         given = x, dt, A, B, C, D, z, dt_bias, h0, begins, ends, spans, y, starts, h_last
-        how = {"HALVES": ends.shape[2] if chunks > 1 else 0, "EVERY": every or length}
-        grid = (batch * chunks * blocks,)
+        how = {"HALVES": ends.shape[2] if chunks > 1 else 0, "EVERY": every or 1}
+        grid = (batch * chunks * triton.cdiv(d_inner, LANES),)
         if in_gluon:
             forward_in_gluon.forward[grid](
                 *given, length, chunk, d_inner,
                 *_pieces(x), *_pieces(dt), *_pieces(z),
-                SOFTPLUS=dt_softplus, WHOLE=d_inner % LANES == 0, **how, **constants,
+                SOFTPLUS=dt_softplus, WHOLE=d_inner % LANES == 0, **how,
+                **forward_in_gluon.config(d_state),
             )  # fmt: skip
         else:
             strides = *_strides(x), *_strides(dt), *_strides(z)
@@ -254,10 +253,13 @@ def _run_ends(u, dt, A, V, z, dt_bias, begins, sizes, dt_softplus, exact, revers
     ends = A.new_empty(batch, chunks - 1, halves, d_state, d_inner)
     spans = A.new_empty(batch, chunks - 1, halves, d_inner)
     given = u, dt, A, V, z, dt_bias, begins, ends, spans
-    if _takes(u, d_state, exact) and (reverse or chunk < LONG):
+    rows, in_gluon = batch * triton.cdiv(d_inner, LANES), _takes(u, d_state, exact)
+    if in_gluon:
+        kinds = _gluon_ends(rows, d_state, reverse)
+        in_gluon = cutting.choose(kinds, chunk, chunks, multiprocessors(u)) is kinds[0]
+    if in_gluon:
         constants = forward_in_gluon.ends_config(d_state)
-        grid = batch * chunks * triton.cdiv(d_inner, LANES), d_state // constants["N"]
-        forward_in_gluon.ends[grid](
+        forward_in_gluon.ends[rows * chunks, d_state // constants["N"]](
             *given, share, length, chunk, d_inner, *_pieces(u), *_pieces(dt), *_pieces(z),
             HALVES=halves, SOFTPLUS=dt_softplus, WHOLE=d_inner % LANES == 0, REVERSE=reverse,
             **constants,
@@ -314,9 +316,7 @@ def _run_gluon_backward(
     batch, length, d_inner = x.shape
     d_state, constants = A.shape[1], backward_in_gluon.config(A.shape[1])
     channels = 2 * constants["L"]
-    groups = triton.cdiv(d_inner, channels)
-    resident = 8 // constants["num_warps"]
-    chunk = _chunk(x, batch * groups, length, enough=1, resident=resident)
+    groups, chunk = triton.cdiv(d_inner, channels), _backward_chunk(x, d_state)
     chunks = triton.cdiv(length, chunk)
     # two groups of channels share a part of the sums for B and C, which they add to
     results = _results(x, dt, z, d_state, slots=batch * chunks, blocks=triton.cdiv(groups, 2))
@@ -332,7 +332,7 @@ def _run_gluon_backward(
         backward_in_gluon.backward[(batch * chunks * groups,)](
             *given, *results, length, chunk, d_inner, *strides,
             HALVES=ends.shape[2] if chunks > 1 else 0, SOFTPLUS=dt_softplus,
-            WHOLE=d_inner % channels == 0, **constants,
+            WHOLE=d_inner % channels == 0, SECTION=spacing(x, d_state, exact), **constants,
         )  # fmt: skip
     return results
 
@@ -372,31 +372,37 @@ def _takes(x: Tensor, d_state: int, exact: bool) -> bool:
     return d_state <= 128 and not exact and generation(x) >= (8, 0)
 
 
-def _chunk(x: Tensor, rows: int, length: int, enough: float, resident: int) -> int:
-    """Return the tokens of a program, of which there is one for each row and chunk.
+def _forward_chunk(x: Tensor, d_state: int, in_gluon: bool, step: int) -> int:
+    """Return the tokens of a chunk of the forward pass, a multiple of `step`."""
+    batch, length, d_inner = x.shape
+    rows = batch * triton.cdiv(d_inner, LANES)
+    kernel, ends = Kernel(rows, 1, 4), (_triton_ends(rows, d_state),)
+    if in_gluon:
+        kernel = Kernel(rows, forward_in_gluon.config(d_state)["num_warps"], 2)
+        ends = _gluon_ends(rows, d_state, reverse=False)
+    return cutting.chunk_length(length, step, kernel, ends, multiprocessors(x))
 
-    All of them, if there are `enough` rows for each multiprocessor. Else about as many as make
-    `resident` programs for each.
-    """
-    size = multiprocessors(x)
-    parts = 1 if rows >= enough * size else max(1, resident * size // rows)
-    return chunk_length(rows, length, parts, schedulers=4 * size)
+
+def _backward_chunk(x: Tensor, d_state: int) -> int:
+    """Return the tokens of a chunk of the backward pass in Gluon."""
+    batch, length, d_inner = x.shape
+    constants = backward_in_gluon.config(d_state)
+    groups = triton.cdiv(d_inner, 2 * constants["L"])
+    kernel = Kernel(batch * groups, constants["num_warps"], 8)
+    ends = _gluon_ends(batch * triton.cdiv(d_inner, LANES), d_state, reverse=True)
+    step = SECTION // 2 if length <= SHORT else SECTION
+    return cutting.chunk_length(length, step, kernel, ends, multiprocessors(x))
 
 
-@lru_cache
-def chunk_length(rows: int, length: int, parts: int, schedulers: int) -> int:
-    """Return the tokens of a chunk: as few sections as make `parts`, or up to three more.
+def _triton_ends(rows: int, d_state: int) -> Kernel:
+    return Kernel(rows * triton.cdiv(d_state, STATES), 1, 3.7)
 
-    Programs of `ends` are done at once where there are no more of them than schedulers, four to a
-    multiprocessor; else the last ones wait for a second turn. The soonest done is taken.
-    """
-    least = triton.cdiv(triton.cdiv(length, parts), SECTION)
 
-    def turns(sections: int) -> int:
-        programs = rows * triton.cdiv(length, sections * SECTION)
-        return triton.cdiv(programs, schedulers) * sections
-
-    return min(range(least, least + 4), key=turns) * SECTION
+def _gluon_ends(rows: int, d_state: int, reverse: bool) -> tuple[Kernel, ...]:
+    """Return `ends` in Gluon; and, for long chunks, in Triton, which has no better choice back."""
+    constants = forward_in_gluon.ends_config(d_state)
+    ends = Kernel(rows * (d_state // constants["N"]), constants["num_warps"], 1)
+    return (ends,) if reverse else (ends, _triton_ends(rows, d_state))
 
 
 def _rows(tensor: Tensor | None, staged: bool) -> Tensor | None:

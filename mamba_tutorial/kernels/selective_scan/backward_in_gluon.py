@@ -42,8 +42,6 @@ from mamba_tutorial.kernels._gluon import (
 from mamba_tutorial.kernels._triton import async_copy, gl, gluon
 from mamba_tutorial.kernels.selective_scan.forward_in_gluon import join
 
-SECTION = 64  # tokens between two states that the forward pass keeps
-
 LN2 = gl.constexpr(0.6931471805599453)
 
 
@@ -55,8 +53,7 @@ def config(d_state: int) -> dict:
     """
     S, warps = min(4, d_state // 2), 4 if d_state <= 16 else 8
     L = 32 * warps // (d_state // S)
-    return {"N": d_state, "S": S, "L": L, "TILE": 8, "SECTION": SECTION, "STAGES": 3,
-            "num_warps": warps}  # fmt: skip
+    return {"N": d_state, "S": S, "L": L, "TILE": 8, "STAGES": 3, "num_warps": warps}
 
 
 @gluon.jit
