@@ -389,6 +389,26 @@ def test_errors_are_not_above_those_of_the_official_kernel(shape):
 
 
 @needs_triton
+def test_one_program_for_all_lengths(monkeypatch):
+    """What is a constant of the forward pass is compiled once more whenever it changes."""
+    kernel = importlib.import_module("mamba_tutorial.kernels.selective_scan")
+    seen = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *given, **constants: seen.append(constants)
+
+    monkeypatch.setattr(kernel, "_takes", lambda *given: False)
+    monkeypatch.setattr(kernel.forward_in_triton, "forward", Recorder())
+    monkeypatch.setattr(kernel, "multiprocessors", lambda tensor: 1)
+    for length in (70, 71, 130):
+        with torch.no_grad():
+            selective_scan(**problem(30, length, 3, 4), dt_softplus=True, backend="triton")
+    assert len(seen) == 3
+    assert seen[0] == seen[1] == seen[2]
+
+
+@needs_triton
 def test_triton_without_gradients_gives_the_same():
     inputs = problem(2, 20, 9, 4)
     with torch.no_grad():

@@ -395,7 +395,8 @@ def _backward_chunk(x: Tensor, d_state: int) -> int:
 
 
 def _triton_ends(rows: int, d_state: int) -> Kernel:
-    return Kernel(rows * triton.cdiv(d_state, STATES), 1, 3.7)
+    weight = 1 + 0.16 * min(d_state, STATES)
+    return Kernel(rows * triton.cdiv(d_state, STATES), 1, weight)
 
 
 def _gluon_ends(rows: int, d_state: int, reverse: bool) -> tuple[Kernel, ...]:

@@ -51,7 +51,8 @@ def config(d_state: int) -> dict:
     A thread holds S states of two channels, and L pairs of channels make a program. All registers
     of a multiprocessor are taken by two programs of four warps, or by one of eight.
     """
-    S, warps = min(4, d_state // 2), 4 if d_state <= 16 else 8
+    S = 4 if d_state >= 16 else 2
+    warps = min(8, d_state // S)
     L = 32 * warps // (d_state // S)
     return {"N": d_state, "S": S, "L": L, "TILE": 8, "STAGES": 3, "num_warps": warps}
 
