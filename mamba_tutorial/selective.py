@@ -429,15 +429,16 @@ def _run_scan(
 def _like_scan(
     x, dt, A, B, C, D, z, dt_bias, h0, begins, softplus, exact, keep, backend
 ) -> tuple[Tensor, Tensor, Tensor]:
+    y, h_last = x.new_empty(x.shape), _like_state(x, A, backend)
+    if not keep:
+        return y, h_last, h_last.new_empty(0)
     (batch, length, d_inner), d_state, every = x.shape, A.shape[1], KEPT
     state = d_inner, d_state
     if backend == "triton":
         from mamba_tutorial.kernels.selective_scan import kept_states, spacing
 
         every, state = spacing(x, d_state, exact), (kept_states(x, d_state, exact), d_inner)
-    h_last = _like_state(x, A, backend)
-    starts = (batch, -(-length // every), *state) if keep else (0,)
-    return x.new_empty(x.shape), h_last, h_last.new_empty(starts)
+    return y, h_last, h_last.new_empty(batch, -(-length // every), *state)
 
 
 def _like_state(x: Tensor, A: Tensor, backend: str) -> Tensor:

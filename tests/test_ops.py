@@ -90,7 +90,7 @@ def examples():
     step = [t[:, 0] if t.ndim == 3 else t for t in fused[:8]]
     yield "selective_step", (fused[8], *step[:2], fused[2], *step[3:])
     x, before, weight = random(2, 9, 5), random(2, 3, 5, seed=1), random(5, 4, seed=2)
-    row = torch.arange(18).view(2, 9) % 4 == 2
+    row = torch.arange(18, device=DEVICE).view(2, 9) % 4 == 2
     for starts in (None, row):
         yield "causal_conv", (x, before, weight, random(5, seed=3), starts)
         yield "causal_conv_backward", (random(2, 9, 5, seed=4), x, before, weight, None, starts)

@@ -22,7 +22,7 @@ from mamba_tutorial.benchmark.attention import attention
 from mamba_tutorial.benchmark.learning import block, layers, training, transformers
 from mamba_tutorial.benchmark.measuring import saved
 from mamba_tutorial.benchmark.recurrence import recurrence
-from mamba_tutorial.benchmark.scans import lessons, selective, starts, sweep
+from mamba_tutorial.benchmark.scans import chunks, lessons, selective, starts, sweep
 from mamba_tutorial.benchmark.writing import contexts, decode, generation
 
 COMMAND = "python -m mamba_tutorial.benchmark.gpu"
@@ -33,6 +33,7 @@ SECTIONS = {
         selective,
         sweep,
         starts,
+        chunks,
         lessons,
         attention,
         decode,

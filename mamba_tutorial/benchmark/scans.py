@@ -1,4 +1,4 @@
-"""The selective scan beside the official kernel: eight sizes, a sweep, and what starts cost."""
+"""The selective scan beside the official kernel; what starts cost; how its length is cut."""
 
 import gc
 import importlib
@@ -53,6 +53,15 @@ SWEEP = [  # batch, length, d_inner, d_state, dtype: where few things are many, 
     (1, 2048, 1536, 16, torch.float32),
     (2, 3000, 331, 24, torch.float32),
 ]
+
+
+CUT = [  # batch, length, d_inner, d_state: where the length is cut, or nearly
+    *((*shape, 16) for shape in ((1, 2048, 64), (1, 2048, 768), (1, 2048, 1536), (4, 512, 64))),
+    *((*shape, 16) for shape in ((4, 512, 1000), (1, 16384, 768), (1, 65536, 2048))),
+    *((4, 512, 64, d_state) for d_state in (8, 64)),
+    *((1, 2048, 768, d_state) for d_state in (4, 64)),
+]
+CHUNKS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
 
 
 def scan_inputs(
@@ -187,6 +196,40 @@ def _in_turns(batch: int, length: int, d_inner: int, every: int) -> Row:
             row.setdefault(f"{name}_{key}", []).append(value)
     return {key: values[0] if key.endswith("how") else statistics.median(values)
             for key, values in row.items()}  # fmt: skip
+
+
+def chunks() -> Iterator[Row]:
+    """How long the chunks are, into which the length is cut: our choice and others, bfloat16.
+
+    One row for each size and length of a chunk, in tokens; none is our choice. Chunks that would
+    make more than a thousand programs of a row of channels, or fewer than two, are left out.
+    """
+    for batch, length, d_inner, d_state in CUT:
+        given = scan_inputs(batch, length, d_inner, d_state)
+        leaves = [tensor.detach().requires_grad_() for tensor in given]
+        upstream = torch.randn_like(given[0])
+        runs = {
+            "forward_ms": no_grad(lambda given=given: ours_scan(*given)),
+            "both_ms": lambda leaves=leaves, upstream=upstream: torch.autograd.grad(
+                ours_scan(*leaves), leaves, upstream
+            ),
+        }
+        size = {"batch": batch, "length": length, "d_inner": d_inner, "d_state": d_state}
+        lengths = [chunk for chunk in CHUNKS if length // 1024 < chunk < length]
+        for chunk in (None, *lengths):
+            with nullcontext() if chunk is None else _cut_into(chunk):
+                times = {key: milliseconds(run, 20)[0] for key, run in runs.items()}
+            yield size | {"chunk": chunk} | times
+
+
+def _cut_into(chunk: int) -> AbstractContextManager:
+    """Cut the length into chunks of so many tokens, in both directions."""
+    cutting = importlib.import_module("mamba_tutorial.kernels.selective_scan.cutting")
+
+    def length(length: int, step: int, *given: object) -> int:
+        return -(-chunk // step) * step
+
+    return mock.patch.object(cutting, "chunk_length", length)
 
 
 def lessons() -> Iterator[Row]:

@@ -47,7 +47,7 @@ from mamba_tutorial.kernels.selective_scan.cutting import Kernel
 
 LANES = 32
 BACKWARD_D = 8  # channels of a program of `backward`
-SECTION = 64  # tokens between two states that are kept; a half where the length is SHORT and cut
+SECTION = 64  # tokens between two states that are kept; a half in few sequences of SHORT length
 SHORT = 64 * SECTION
 STATES = 16  # of a program of `ends` in Triton, at most
 
@@ -89,11 +89,15 @@ def forward(
 
 
 def spacing(x: Tensor, d_state: int, exact: bool) -> int:
-    """Return of how many tokens the backward pass needs one state."""
+    """Return of how many tokens the backward pass needs one state.
+
+    Sizes may be symbols, which can be compared: so this does not depend on the length of a chunk.
+    """
     if not _takes(x, d_state, exact):
         return _tile(d_state)
-    chunk = _backward_chunk(x, kept_states(x, d_state, exact))
-    return SECTION // 2 if chunk < x.shape[1] and chunk % SECTION else SECTION
+    rows = _backward_kernel(x, kept_states(x, d_state, exact)).programs
+    few = 8 * rows <= multiprocessors(x)
+    return SECTION // 2 if few and x.shape[1] <= SHORT else SECTION
 
 
 def kept_states(x: Tensor, d_state: int, exact: bool) -> int:
@@ -228,13 +232,16 @@ def _run(x, dt, A, B, C, D, z, dt_bias, h0, begins, dt_softplus, exact, every):
             ends, spans = _run_ends(*given, sizes, dt_softplus, exact, reverse=False)
         given = x, dt, A, B, C, D, z, dt_bias, h0, begins, ends, spans, y, starts, h_last
         how = {"HALVES": ends.shape[2] if chunks > 1 else 0, "EVERY": every or 1}
-        grid = (batch * chunks * triton.cdiv(d_inner, LANES),)
+        rows = batch * triton.cdiv(d_inner, LANES)
+        grid = (rows * chunks,)
         if in_gluon:
+            forms = _forward_kernel(rows, d_state)
+            form = cutting.soonest(forms, chunks, multiprocessors(x))
             forward_in_gluon.forward[grid](
                 *given, length, chunk, d_inner,
                 *_pieces(x), *_pieces(dt), *_pieces(z),
                 SOFTPLUS=dt_softplus, WHOLE=d_inner % LANES == 0, **how,
-                **forward_in_gluon.config(d_state),
+                **forward_in_gluon.config(d_state) | {"num_warps": form.warps},
             )  # fmt: skip
         else:
             strides = *_strides(x), *_strides(dt), *_strides(z)
@@ -256,7 +263,7 @@ def _run_ends(u, dt, A, V, z, dt_bias, begins, sizes, dt_softplus, exact, revers
     rows, in_gluon = batch * triton.cdiv(d_inner, LANES), _takes(u, d_state, exact)
     if in_gluon:
         kinds = _gluon_ends(rows, d_state, reverse)
-        in_gluon = cutting.choose(kinds, chunk, chunks, multiprocessors(u)) is kinds[0]
+        in_gluon = cutting.of_ends(kinds, chunk, chunks, multiprocessors(u)) is kinds[0]
     if in_gluon:
         constants = forward_in_gluon.ends_config(d_state)
         forward_in_gluon.ends[rows * chunks, d_state // constants["N"]](
@@ -376,22 +383,30 @@ def _forward_chunk(x: Tensor, d_state: int, in_gluon: bool, step: int) -> int:
     """Return the tokens of a chunk of the forward pass, a multiple of `step`."""
     batch, length, d_inner = x.shape
     rows = batch * triton.cdiv(d_inner, LANES)
-    kernel, ends = Kernel(rows, 1, 4), (_triton_ends(rows, d_state),)
+    kernel, ends = (Kernel(rows, 1, 4),), (_triton_ends(rows, d_state),)
     if in_gluon:
-        kernel = Kernel(rows, forward_in_gluon.config(d_state)["num_warps"], 2)
-        ends = _gluon_ends(rows, d_state, reverse=False)
+        kernel, ends = _forward_kernel(rows, d_state), _gluon_ends(rows, d_state, reverse=False)
     return cutting.chunk_length(length, step, kernel, ends, multiprocessors(x))
+
+
+def _forward_kernel(rows: int, d_state: int) -> tuple[Kernel, ...]:
+    """Return `forward` in Gluon, and with twice the warps, for programs that are almost alone."""
+    warps = forward_in_gluon.config(d_state)["num_warps"]
+    return Kernel(rows, warps, 2), *([Kernel(rows, 2 * warps, 1.6)] if warps < 8 else [])
 
 
 def _backward_chunk(x: Tensor, d_state: int) -> int:
     """Return the tokens of a chunk of the backward pass in Gluon."""
     batch, length, d_inner = x.shape
-    constants = backward_in_gluon.config(d_state)
-    groups = triton.cdiv(d_inner, 2 * constants["L"])
-    kernel = Kernel(batch * groups, constants["num_warps"], 8)
     ends = _gluon_ends(batch * triton.cdiv(d_inner, LANES), d_state, reverse=True)
-    step = SECTION // 2 if length <= SHORT else SECTION
-    return cutting.chunk_length(length, step, kernel, ends, multiprocessors(x))
+    given = length, spacing(x, d_state, exact=False), (_backward_kernel(x, d_state),), ends
+    return cutting.chunk_length(*given, multiprocessors(x))
+
+
+def _backward_kernel(x: Tensor, d_state: int) -> Kernel:
+    constants = backward_in_gluon.config(d_state)
+    groups = triton.cdiv(x.shape[2], 2 * constants["L"])
+    return Kernel(len(x) * groups, constants["num_warps"], 8)
 
 
 def _triton_ends(rows: int, d_state: int) -> Kernel:

@@ -6,8 +6,8 @@ In units of what a warp of `ends` takes for a tile, chunks of `tiles` tiles take
 
     tiles · Σ weight · warps on a scheduler + JOIN · ⌈other chunks / 4⌉,
 
-summed over the kernels that go through the length. The weights, and the time to join four chunks,
-were fitted to times on an H100.
+summed over the kernels that go through the length. Where a kernel comes in several forms, the one
+soonest done counts. The weights, and the time to join four chunks, were fitted to times on an H100.
 """
 
 from functools import lru_cache
@@ -20,7 +20,7 @@ SCHEDULERS = 4  # of a multiprocessor
 ALONE = 1.25  # warps of which one on a scheduler takes the time, for it waits for itself
 JOIN = 1.5  # four chunks, which are fetched at once
 CROWD = 16  # warps of a multiprocessor, at most, where the length is cut, or else two programs
-LONG = 256  # tokens of a chunk, from which on there is a choice of two kernels for `ends`
+LONG = 256  # tokens of a chunk, from which on `ends` is chosen from its forms
 
 
 class Kernel(NamedTuple):
@@ -36,16 +36,23 @@ class Kernel(NamedTuple):
         return self.weight * max(ALONE, triton.cdiv(each * self.warps, SCHEDULERS))
 
 
-def choose(ends: tuple[Kernel, ...], chunk: int, chunks: int, multiprocessors: int) -> Kernel:
-    """Return which of the kernels for `ends` is soonest done; the first, if chunks are short."""
-    if chunk < LONG:
-        return ends[0]
-    return min(ends, key=lambda kernel: kernel.share(chunks, multiprocessors))
+def soonest(forms: tuple[Kernel, ...], chunks: int, multiprocessors: int) -> Kernel:
+    """Return the form of a kernel that is soonest done."""
+    return min(forms, key=lambda form: form.share(chunks, multiprocessors))
+
+
+def of_ends(forms: tuple[Kernel, ...], chunk: int, chunks: int, multiprocessors: int) -> Kernel:
+    """Return the form of `ends` that is soonest done; the first, if chunks are short."""
+    return soonest(forms if chunk >= LONG else forms[:1], chunks, multiprocessors)
 
 
 @lru_cache
 def chunk_length(
-    length: int, step: int, kernel: Kernel, ends: tuple[Kernel, ...], multiprocessors: int
+    length: int,
+    step: int,
+    kernel: tuple[Kernel, ...],
+    ends: tuple[Kernel, ...],
+    multiprocessors: int,
 ) -> int:
     """Return the tokens of a chunk, a multiple of `step`; where it takes least, the longest.
 
@@ -54,13 +61,14 @@ def chunk_length(
 
     def time(chunk: int) -> float:
         chunks = triton.cdiv(length, chunk)
-        if chunks == 1:
-            return triton.cdiv(length, TILE) * kernel.share(1, multiprocessors)
-        share = kernel.share(chunks, multiprocessors)
-        share += choose(ends, chunk, chunks, multiprocessors).share(chunks, multiprocessors)
-        return chunk // TILE * share + JOIN * triton.cdiv(chunks - 1, 4)
+        used = [soonest(kernel, chunks, multiprocessors)]
+        if chunks > 1:
+            used.append(of_ends(ends, chunk, chunks, multiprocessors))
+        share = sum(each.share(chunks, multiprocessors) for each in used)
+        tiles = triton.cdiv(min(chunk, length), TILE)
+        return tiles * share + JOIN * triton.cdiv(chunks - 1, 4)
 
     steps = triton.cdiv(length, step)
-    crowd = max(2, CROWD // kernel.warps) * multiprocessors
-    most = max(1, min(steps, crowd // kernel.programs))
+    crowd = max(2, CROWD // kernel[0].warps) * multiprocessors
+    most = max(1, min(steps, crowd // kernel[0].programs))
     return min((triton.cdiv(steps, chunks) * step for chunks in range(1, most + 1)), key=time)
