@@ -90,3 +90,14 @@ def test_every_section_has_a_record_with_hardware_versions_and_command(section):
         if str(row.get("name")).startswith("mamba_tutorial"):
             assert "passed_over" not in row
             assert all(math.isfinite(v) for v in row.values() if isinstance(v, float))
+
+
+def test_the_length_is_cut_nearly_as_well_as_it_can_be():
+    times = {}
+    for row in json.loads((RESULTS / "gpu_chunks.json").read_text("utf-8"))["results"]:
+        size = tuple(row[k] for k in ("batch", "length", "d_inner", "d_state"))
+        times.setdefault(size, {})[row["chunk"]] = row
+    assert set(times) == set(scans.CUT)
+    for rows in times.values():
+        for key in ("forward_ms", "both_ms"):
+            assert rows[None][key] < 1.1 * min(row[key] for row in rows.values())

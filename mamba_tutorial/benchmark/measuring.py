@@ -96,9 +96,15 @@ def only(kind: str) -> AbstractContextManager:
 
 
 def hardware() -> Row:
-    """Return versions, the GPU and its clocks as they are while it works."""
+    """Return versions, the GPU that is used and its clocks as they are while it works."""
     query = "name,driver_version,clocks.sm,clocks.mem"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    if torch.cuda.is_available():
+        command.append(f"--id=GPU-{torch.cuda.get_device_properties().uuid}")
+        work = torch.zeros(1 << 28, device="cuda")
+        for _ in range(1000):  # about a second, during which the clocks are asked for
+            work.neg_()
+        del work
     said = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     versions = {}
     for name in ("triton", "mamba_ssm", "accelerated_scan", "transformers", "jax"):

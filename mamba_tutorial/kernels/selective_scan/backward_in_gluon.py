@@ -48,8 +48,9 @@ LN2 = gl.constexpr(0.6931471805599453)
 def config(d_state: int) -> dict:
     """Return the constants for this many states, a power of two from 4 to 128.
 
-    A thread holds S states of two channels, and L pairs of channels make a program. All registers
-    of a multiprocessor are taken by two programs of four warps, or by one of eight.
+    A thread holds S states of two channels, and L pairs of channels make a program: 64 channels,
+    where that takes four warps at most. All registers of a multiprocessor are taken by two programs
+    of four warps, or by one of eight.
     """
     S = 4 if d_state >= 16 else 2
     warps = min(8, d_state // S)
