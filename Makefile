@@ -9,7 +9,7 @@ HOME_PAGE := $(CURDIR)/_build/html/index.html
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help book pdf lab test test-fast test-gpu bench execute clean
+.PHONY: help book pdf lab test test-fast test-lab test-gpu bench execute clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1 \2/p' Makefile | awk '{ printf "%s %-10s", $$1, $$2; $$1 = $$2 = ""; print }'
@@ -43,14 +43,17 @@ lab: $(READY)  ## open JupyterLab in the first chapter, and print where it is
 test: $(READY)  ## run everything: style, arrows, tests, all notebooks, the book
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
 	@$(BIN)/lint-imports
-	@$(PYTEST) tests book --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
+	@$(PYTEST) tests book -m "not lab" --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg
 
 test-fast: $(READY)  ## run the tests of the package alone, in under a minute
-	@$(PYTEST) tests -m "not slow"
+	@$(PYTEST) tests -m "not slow and not lab"
+
+test-lab: $(READY)  ## run every notebook in JupyterLab, in a browser (make test does so with one); 15 minutes
+	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/test_lab.py -m lab
 
 test-gpu: $(READY)  ## run the tests of the kernels and of the model on an NVIDIA GPU
 	@$(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" || { echo "PyTorch sees no GPU here"; exit 1; }
-	@$(BIN)/python -m pytest -n 4 tests/test_kernels.py tests/test_lessons.py tests/test_mamba.py tests/test_generation.py tests/test_ops.py tests/test_training.py tests/test_packing.py tests/test_experiments.py
+	@$(BIN)/python -m pytest -n 4 tests/test_kernels.py tests/test_lessons.py tests/test_mamba.py tests/test_generation.py tests/test_ops.py tests/test_training.py tests/test_packing.py tests/test_experiments.py tests/test_compat.py
 
 .venv/bench: $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'

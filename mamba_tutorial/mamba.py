@@ -177,7 +177,7 @@ class CausalConv1d(nn.Conv1d):
             starts: (batch, length), true where a new sequence begins, which sees none before it.
         """
         width, first = self.kernel_size[0] - 1, before is None
-        before = x.new_zeros(len(x), width, x.shape[-1]) if first else before.to(x.dtype)
+        before = x.new_zeros(x.shape[0], width, x.shape[-1]) if first else before.to(x.dtype)
         given = x, before, self.weight.squeeze(1), self.bias
         has_kernel = x.is_cuda and x.dtype != torch.float64 and width < 7 and HAS_TRITON
         if x.ndim == 2:
@@ -302,7 +302,7 @@ class MambaBlock(nn.Module):
             given = type(state).__name__
             raise TypeError(f"state is a {given}, expected a BlockState, of conv and h")
         for name, part, shape in zip(
-            BlockState._fields, state, self._state_shapes(len(x)), strict=True
+            BlockState._fields, state, self._state_shapes(x.shape[0]), strict=True
         ):
             check_is_tensor(f"state.{name}", part)
             if not part.is_floating_point():

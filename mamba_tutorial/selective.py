@@ -289,11 +289,11 @@ class SelectiveSSM(nn.Module):
         dt, B, C = self.select(x)
         given = x, dt, self.A, B, C, self.D, z, self.dt_bias, True
         if h is not None:
-            h = _check_state("h", h, x, (len(x), *self.A_log.shape))
+            h = _check_state("h", h, x, (x.shape[0], *self.A_log.shape))
         if x.ndim != 2:
             return selective_scan(*given, h, True, self.discretization, starts=starts)
         if h is None:
-            h = x.new_zeros(len(x), *self.A_log.shape, dtype=wide(x.dtype))
+            h = x.new_zeros(x.shape[0], *self.A_log.shape, dtype=wide(x.dtype))
         return selective_step(h, *given, self.discretization)
 
     def step(
@@ -363,7 +363,7 @@ def run_scan(operator: Callable, inputs: tuple) -> tuple[Tensor, Tensor | None]:
             return operator(*inputs)
         dtype = wide(x.dtype)
         if h0 is None:
-            h0 = x.new_zeros(len(x), *A.shape, dtype=dtype)
+            h0 = x.new_zeros(x.shape[0], *A.shape, dtype=dtype)
         step = _step_size(dt, dt_bias, softplus, dtype)
         tokens = [tensor.to(dtype) for tensor in (x, step, A, B, C)]
         rest = h0, begins, False, exact, _learning([*tokens, h0]), backend
@@ -445,8 +445,8 @@ def _like_state(x: Tensor, A: Tensor, backend: str) -> Tensor:
     """Make room for a state; on a GPU neighbouring channels are neighbours in memory."""
     d_inner, d_state = A.shape
     if backend == "triton":
-        return x.new_empty(len(x), d_state, d_inner, dtype=torch.float32).mT
-    return x.new_empty(len(x), d_inner, d_state)
+        return x.new_empty(x.shape[0], d_state, d_inner, dtype=torch.float32).mT
+    return x.new_empty(x.shape[0], d_inner, d_state)
 
 
 def _scan_gradient(wanted, upstream, inputs, kept) -> tuple:

@@ -100,4 +100,4 @@ def test_the_length_is_cut_nearly_as_well_as_it_can_be():
     assert set(times) == set(scans.CUT)
     for rows in times.values():
         for key in ("forward_ms", "both_ms"):
-            assert rows[None][key] < 1.1 * min(row[key] for row in rows.values())
+            assert rows[None][key] < 1.1 * min(row[key] for row in rows.values() if key in row)

@@ -143,12 +143,16 @@ def lab_page(server):
     """A chapter in JupyterLab, opened and not yet run."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1300, "height": 1400})
-        page.goto(f"{server[0]}/lab/tree/book/{CHAPTER}.ipynb?reset")
-        page.wait_for_selector(".jp-Notebook .myst h1", timeout=120_000)
-        page.wait_for_timeout(3000)
-        yield page
+        yield opened(browser, server, CHAPTER)
         browser.close()
+
+
+def opened(browser, server, name):
+    page = browser.new_page(viewport={"width": 1300, "height": 1400})
+    page.goto(f"{server[0]}/lab/tree/book/{name}.ipynb?reset")
+    page.wait_for_selector(".jp-Notebook .myst h1", timeout=120_000)
+    page.wait_for_timeout(3000)
+    return page
 
 
 def walk(page):
@@ -183,8 +187,7 @@ def first_slider(page):
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium and no Chrome is here")
 def test_a_chapter_opens_runs_and_is_saved_in_jupyterlab(server, lab_page):
-    page, (_, book) = lab_page, server
-    path, before = book / f"{CHAPTER}.ipynb", read(ROOT / f"book/{CHAPTER}.ipynb")
+    page = lab_page
     assert page.locator(".jp-mod-dirty").count() == 0
     folded, hidden, numbers = 0, 0, set()
     for _ in walk(page):
@@ -198,14 +201,28 @@ def test_a_chapter_opens_runs_and_is_saved_in_jupyterlab(server, lab_page):
     assert hidden > 0
     labels = standalone.labels_of_equations()[CHAPTER]
     assert {standalone.numbers()[label] for label in labels} <= numbers
+    runs_and_is_saved(page, server, CHAPTER)
+
+
+def runs_and_is_saved(page, server, name):
     run_all(page)
     page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
     page.wait_for_timeout(2000)
-    after = read(path)
+    before, after = (read(folder / f"{name}.ipynb") for folder in (ROOT / "book", server[1]))
     assert [cell.source for cell in after.cells] == [cell.source for cell in before.cells]
     assert after.metadata == before.metadata
     outputs = [output for cell in after.cells if "outputs" in cell for output in cell.outputs]
     assert all(output.output_type != "error" for output in outputs)
+
+
+@pytest.mark.lab
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium and no Chrome is here")
+@EACH_NOTEBOOK
+def test_every_notebook_runs_in_jupyterlab(server, lab_page, path):
+    page = opened(lab_page.context.browser, server, path.stem)
+    runs_and_is_saved(page, server, path.stem)
+    page.evaluate("window.jupyterapp.serviceManager.sessions.shutdownAll()")
+    page.close()
 
 
 @pytest.mark.slow

@@ -397,17 +397,18 @@ def test_compiled_modules_give_the_same(name):
 
 @pytest.mark.usefixtures("as_a_user")
 @pytest.mark.filterwarnings("ignore")
-def test_an_exported_model_takes_every_length_after_saving_and_loading():
+def test_an_exported_model_takes_every_batch_and_length_after_saving_and_loading():
     model, ids = modules()["MambaLM"]
     model, ids = model.to(DEVICE).eval(), ids.to(DEVICE)
-    length = torch.export.Dim("length", min=2, max=4096)
-    program = torch.export.export(model, (ids,), dynamic_shapes=({1: length},))
+    sizes = {0: torch.export.Dim("batch", min=2, max=64)}
+    sizes[1] = torch.export.Dim("length", min=2, max=4096)
+    program = torch.export.export(model, (ids,), dynamic_shapes=(sizes,))
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
     run = torch.export.load(file).module()
-    for count in (2, 7, 33, 300):
-        ids = torch.randint(11, (2, count), device=DEVICE)
+    for size in ((2, 2), (3, 7), (2, 33), (5, 300)):
+        ids = torch.randint(11, size, device=DEVICE)
         torch.testing.assert_close(run(ids), model(ids), rtol=1e-4, atol=1e-5)
 
 

@@ -61,6 +61,7 @@ CUT = [  # batch, length, d_inner, d_state: where the length is cut, or nearly
     *((4, 512, 64, d_state) for d_state in (8, 64)),
     (1, 2048, 768, 4),
 ]
+KERNELS = "mamba_tutorial.kernels"
 CHUNKS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
 
 
@@ -202,7 +203,8 @@ def chunks() -> Iterator[Row]:
     """How long the chunks are, into which the length is cut: our choice and others, bfloat16.
 
     One row for each size and length of a chunk, in tokens; none is our choice. Chunks that would
-    make more than a thousand programs of a row of channels, or fewer than two, are left out.
+    make more than a thousand programs of a row of channels, or fewer than two, are left out; with
+    gradients, also those before which no state is kept.
     """
     for batch, length, d_inner, d_state in CUT:
         given = scan_inputs(batch, length, d_inner, d_state)
@@ -216,25 +218,28 @@ def chunks() -> Iterator[Row]:
         }
         size = {"batch": batch, "length": length, "d_inner": d_inner, "d_state": d_state}
         lengths = [chunk for chunk in CHUNKS if length // 1024 < chunk < length]
+        every = importlib.import_module(f"{KERNELS}.selective_scan").spacing(
+            given[0], d_state, exact=False
+        )
         for chunk in (None, *lengths):
             with nullcontext() if chunk is None else _cut_into(chunk):
-                times = {key: milliseconds(run, 20)[0] for key, run in runs.items()}
+                times = {
+                    key: milliseconds(run, 20)[0]
+                    for key, run in runs.items()
+                    if chunk is None or key == "forward_ms" or chunk % every == 0
+                }
             yield size | {"chunk": chunk} | times
 
 
 def _cut_into(chunk: int) -> AbstractContextManager:
     """Cut the length into chunks of so many tokens, in both directions."""
-    cutting = importlib.import_module("mamba_tutorial.kernels.selective_scan.cutting")
-
-    def length(length: int, step: int, *given: object) -> int:
-        return -(-chunk // step) * step
-
-    return mock.patch.object(cutting, "chunk_length", length)
+    cutting = importlib.import_module(f"{KERNELS}.selective_scan.cutting")
+    return mock.patch.object(cutting, "chunk_length", return_value=chunk)
 
 
 def lessons() -> Iterator[Row]:
     """The steps to the fused scan, float32: batch 8, length 512, d_inner 2048, 16 states."""
-    steps = importlib.import_module("mamba_tutorial.kernels.lessons.forward")
+    steps = importlib.import_module(f"{KERNELS}.lessons.forward")
     x, dt, A, B, C, D, z, bias = (tensor.float() for tensor in scan_inputs(8, 512, 2048))
     full, bare = (x, dt, A, B, C, D, z, bias), (x, dt.abs(), A, B, C)
     h0 = x.new_zeros(8, 2048, 16)

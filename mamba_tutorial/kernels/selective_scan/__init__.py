@@ -47,8 +47,10 @@ from mamba_tutorial.kernels.selective_scan.cutting import Kernel
 
 LANES = 32
 BACKWARD_D = 8  # channels of a program of `backward`
-SECTION = 64  # tokens between two states that are kept; a half in few sequences of SHORT length
-SHORT = 64 * SECTION
+# tokens between two states that are kept; half as many where the length is SHORT at most and the
+# backward pass has few programs for each chunk, one for FEW multiprocessors or more
+SECTION = 64
+SHORT, FEW = 64 * SECTION, 8
 STATES = 16  # of a program of `ends` in Triton, at most
 
 
@@ -96,7 +98,7 @@ def spacing(x: Tensor, d_state: int, exact: bool) -> int:
     if not _takes(x, d_state, exact):
         return _tile(d_state)
     rows = _backward_kernel(x, kept_states(x, d_state, exact)).programs
-    few = 8 * rows <= multiprocessors(x)
+    few = FEW * rows <= multiprocessors(x)
     return SECTION // 2 if few and x.shape[1] <= SHORT else SECTION
 
 
@@ -380,7 +382,10 @@ def _takes(x: Tensor, d_state: int, exact: bool) -> bool:
 
 
 def _forward_chunk(x: Tensor, d_state: int, in_gluon: bool, step: int) -> int:
-    """Return the tokens of a chunk of the forward pass, a multiple of `step`."""
+    """Return the tokens of a chunk of the forward pass, a multiple of `step`.
+
+    Also of `end`, as if a forward pass followed.
+    """
     batch, length, d_inner = x.shape
     rows = batch * triton.cdiv(d_inner, LANES)
     kernel, ends = (Kernel(rows, 1, 4),), (_triton_ends(rows, d_state),)
@@ -390,9 +395,9 @@ def _forward_chunk(x: Tensor, d_state: int, in_gluon: bool, step: int) -> int:
 
 
 def _forward_kernel(rows: int, d_state: int) -> tuple[Kernel, ...]:
-    """Return `forward` in Gluon, and with twice the warps, for programs that are almost alone."""
+    """Return `forward` in Gluon; where it has two warps also with four, for programs alone."""
     warps = forward_in_gluon.config(d_state)["num_warps"]
-    return Kernel(rows, warps, 2), *([Kernel(rows, 2 * warps, 1.6)] if warps < 8 else [])
+    return Kernel(rows, warps, 2), *([Kernel(rows, 2 * warps, 1.6)] if warps == 2 else [])
 
 
 def _backward_chunk(x: Tensor, d_state: int) -> int:
@@ -406,7 +411,7 @@ def _backward_chunk(x: Tensor, d_state: int) -> int:
 def _backward_kernel(x: Tensor, d_state: int) -> Kernel:
     constants = backward_in_gluon.config(d_state)
     groups = triton.cdiv(x.shape[2], 2 * constants["L"])
-    return Kernel(len(x) * groups, constants["num_warps"], 8)
+    return Kernel(x.shape[0] * groups, constants["num_warps"], 8)
 
 
 def _triton_ends(rows: int, d_state: int) -> Kernel:
@@ -415,7 +420,7 @@ def _triton_ends(rows: int, d_state: int) -> Kernel:
 
 
 def _gluon_ends(rows: int, d_state: int, reverse: bool) -> tuple[Kernel, ...]:
-    """Return `ends` in Gluon; and, for long chunks, in Triton, which has no better choice back."""
+    """Return `ends` in Gluon and, for long chunks forwards, in Triton; backwards in Gluon alone."""
     constants = forward_in_gluon.ends_config(d_state)
     ends = Kernel(rows * (d_state // constants["N"]), constants["num_warps"], 1)
     return (ends,) if reverse else (ends, _triton_ends(rows, d_state))

@@ -7,7 +7,8 @@ In units of what a warp of `ends` takes for a tile, chunks of `tiles` tiles take
     tiles · Σ weight · warps on a scheduler + JOIN · ⌈other chunks / 4⌉,
 
 summed over the kernels that go through the length. Where a kernel comes in several forms, the one
-soonest done counts. The weights, and the time to join four chunks, were fitted to times on an H100.
+soonest done counts. (Where `ends` does a chunk in two parts there are twice as many to join, which
+is neglected.) The weights, and the time to join four chunks, were fitted to times on an H100.
 """
 
 from functools import lru_cache
@@ -17,7 +18,7 @@ from mamba_tutorial.kernels._triton import triton
 
 TILE = 16  # tokens
 SCHEDULERS = 4  # of a multiprocessor
-ALONE = 1.25  # warps of which one on a scheduler takes the time, for it waits for itself
+ALONE = 1.25  # a warp alone on its scheduler takes the time of so many, for it waits for itself
 JOIN = 1.5  # four chunks, which are fetched at once
 CROWD = 16  # warps of a multiprocessor, at most, where the length is cut, or else two programs
 LONG = 256  # tokens of a chunk, from which on `ends` is chosen from its forms

@@ -6,8 +6,9 @@ than one warp for each scheduler, which then waits whenever that warp does. Here
 channels, with eight states of each channel in a thread. So there are twice as many warps, and what
 belongs to a channel alone, Δ, Δ x and the gate, is computed once, by one thread for both warps. It
 goes through shared memory, and so do the two halves of y. (That is 16 states. More of them have
-more warps, down to eight states in a thread; fewer have two warps all the same. Programs that are
-almost alone on their multiprocessor have twice as many, and half as many states in a thread.)
+more warps, down to eight states in a thread; fewer have two warps all the same. Up to 16
+states, programs that are alone on their multiprocessor have four warps, with half as many states in
+a thread.)
 
 A tile of TILE tokens takes three steps, with a barrier after each:
 
