@@ -48,7 +48,7 @@ test: $(READY)  ## run everything: style, arrows, tests, all notebooks, the book
 test-fast: $(READY)  ## run the tests of the package alone, in under a minute
 	@$(PYTEST) tests -m "not slow and not lab"
 
-test-lab: $(READY)  ## run every notebook in JupyterLab, in a browser (make test does so with one); 15 minutes
+test-lab: $(READY)  ## run every notebook in JupyterLab, in a browser (make test does so with one); ten minutes
 	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/test_lab.py -m lab
 
 test-gpu: $(READY)  ## run the tests of the kernels and of the model on an NVIDIA GPU
