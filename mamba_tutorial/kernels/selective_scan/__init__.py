@@ -16,8 +16,9 @@ size (batch, length, d_inner, d_state) never leave the chip.
 but the last adds to the state, and how long it is in units of Δ; the decay over a chunk is
 exp(A ΣΔ), so nothing else has to be kept. Each program of the forward pass joins what the chunks
 before it give, which is the scan once more, over chunks. This costs nearly every exponential twice.
-`ends` is in both languages as well; forwards the one in Triton takes over from `LONG` tokens on. To
-others than the chunks of one kernel, `end` says what a whole sequence gives.
+`ends` is in both languages as well; forwards, for long chunks, the one that is sooner done is taken
+(`cutting.of_ends`). What a whole sequence gives, to others than the chunks of one kernel, `end`
+says.
 
 **Sequences in a row.** Where one begins, the decay is zero, in both directions. So a constant that
 makes 2^… zero is added to the exponent (`_gates.NEVER`), in the same instruction that multiplies Δ
