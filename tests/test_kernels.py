@@ -332,7 +332,8 @@ def test_ends_in_gluon_joined(name, reverse, share):
         upstream = [dy[:, part].double(), h.double()]
         (right,) = torch.autograd.grad([y, right], before, upstream)
 
-    A, B, C, begins = kernel._prepared(given["A"], given["B"], given["C"], starts)
+    A, B, C = kernel._prepared(given["A"], given["B"], given["C"])
+    begins = kernel._words(starts)
     u, V, z = (dy, C, given["z"]) if reverse else (given["x"], B, None)
     u, dt, z = (kernel._rows(tensor, True) for tensor in (u, given["dt"], z))
     sizes, rules = (length, chunk, *shape[2:]), (True, False)
@@ -773,7 +774,7 @@ backend, chip = sys.argv[1].split(":")
 chip = int(chip) if chip.isdigit() else chip
 target = GPUTarget(backend, chip, 64 if str(chip).startswith("gfx9") else 32)
 without = {"D_ptr", "z_ptr", "bias_ptr", "h0_ptr", "ends_ptr", "spans_ptr", "starts_ptr"}
-marked = plain.around.prepare, conv._convolve, conv._upstream, conv._gather
+marked = conv._convolve, conv._upstream, conv._gather
 
 
 def build(kernel, constants):
@@ -784,6 +785,7 @@ def build(kernel, constants):
         else "*bf16" if name in half
         else "*u8" if kernel in marked and name == "starts_ptr"
         else "*i64" if name == "words_ptr"
+        else "*i32" if name == "begins_ptr"
         else "*fp32" if name.endswith("_ptr")
         else "i32"
         for name in kernel.arg_names

@@ -212,7 +212,7 @@ def test_what_chunks_give_to_the_next(length, place, monkeypatch):
     double = {name: t.double() for name, t in given.items()}
     options = {"dt_softplus": True, "return_last_state": True, "backend": "sequential"}
     x, dt, A, B, C, _, _, bias = given.values()
-    A, B, _, begins = kernel._prepared(A, B, C, starts)
+    (A, B, _), begins = kernel._prepared(A, B, C), kernel._words(starts)
     packed, rules = (x, dt, A, B, None, bias, begins), (True, False)  # softplus, Euler's rule
     ends, spans = kernel._run_ends(*packed, (length, chunk, 4, 3), *rules, reverse=False)
     h = before.mT.double()

@@ -1,11 +1,9 @@
-"""Softplus and the logistic function as the kernels compute them, in Triton and in Gluon."""
+"""What the selective scan's kernels in Triton and in Gluon compute alike: gates and decays."""
 
 from mamba_tutorial.kernels._triton import tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)  # the GPU has a unit for 2^x; e^x = 2^(x log₂ e)
-# Added to the exponent of a decay, and to Σ Δ, where a sequence begins: the decay is 2^NEVER = 0,
-# whatever A is, 0 included, and a sum below zero says that nothing goes through.
-NEVER = tl.constexpr(-1e30)
+CLOSED = tl.constexpr(-(2.0**60))  # Σ Δ is below this, if a sequence begins on the way
 
 
 def _softplus(x):
@@ -38,16 +36,27 @@ def _sigmoid(x):
     return tl.where(x >= 0, r, u * r)
 
 
+def _mark(word, token):
+    """What is added to the exponent of a token's decay: where a sequence begins, −2^65 or less.
+
+    There the decay becomes 2^… = 0, whatever A is, 0 included. word: of four tokens, a byte each,
+    the first lowest, 1 where a sequence begins. Times 224 and moved to the top, such a byte is the
+    sign and the exponent of a float32, and sums of them stay finite. The bytes below, of tokens
+    before, make less than 2^−125 where the top is 0. So all it takes is a shift, at most.
+    """
+    return (word * 224 << (24 - (token & 3) * 8)).to(tl.float32, bitcast=True)
+
+
 def _carry(h, span, A2, CUT: tl.constexpr):
     """2^(span A2) h in two halves, for 2^(span A2) alone may be too large for a number.
 
-    If CUT, a span below zero says that a sequence begins in it: then 0.
+    If CUT, a span below CLOSED says that a sequence begins in it: then 0.
     """
     if CUT:
-        h = tl.where(span < 0, 0.0, h)
-        span = tl.maximum(span, 0.0)
+        h = tl.where(span < CLOSED, 0.0, h)
+        span = tl.where(span < CLOSED, 0.0, span)
     half = tl.exp2(span * 0.5 * A2)
     return tl.where(h == 0, 0.0, half * (half * h))
 
 
-softplus, sigmoid, carry = triton.jit(_softplus), triton.jit(_sigmoid), triton.jit(_carry)
+softplus, sigmoid, mark, carry = map(triton.jit, (_softplus, _sigmoid, _mark, _carry))

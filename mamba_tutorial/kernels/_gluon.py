@@ -29,7 +29,9 @@ def in_gluon(*functions: triton.JITFunction) -> list[triton.JITFunction]:
     return [scope[function.__name__] for function in plain]
 
 
-softplus, sigmoid, carry = in_gluon(_gates.softplus, _gates.sigmoid, _gates.carry)
+softplus, sigmoid, mark, carry = in_gluon(
+    _gates.softplus, _gates.sigmoid, _gates.mark, _gates.carry
+)
 
 
 def runs_on(*tensors: Tensor | None) -> bool:
@@ -54,14 +56,24 @@ def below(index, count, ALWAYS: gl.constexpr):
 
 
 @gluon.jit
-def decay(step, A2, begins, token):
-    """Return 2^(step A2), of A2's layout; 0 where a sequence begins, if it is known where.
+def words_of(begins, slot, like, TILE: gl.constexpr):
+    """Return where sequences begin in a tile, four tokens a word (`mark`); if unknown, nothing.
 
-    begins: None, or for each token of shared memory one number, 0 or NEVER, [tokens, 1, …].
+    begins: None, or [STAGES · TILE / 4, 1, …]; like: a tensor of the layout that is wanted.
     """
-    exponent = step * A2
+    words = ()
     if begins is not None:
-        exponent += begins.index(token).load(A2.type.layout)
+        for i in gl.static_range(TILE // 4):
+            words = words + (begins.index(slot * (TILE // 4) + i).load(like.type.layout),)
+    return words
+
+
+@gluon.jit
+def decay(step, A2, words, k: gl.constexpr):
+    """Return 2^(step A2) of a tile's k-th token, of A2's layout; 0 where a sequence begins."""
+    exponent = step * A2
+    if len(words) > 0:
+        exponent += mark(words[k // 4], k)
     return gl.exp2(exponent)
 
 
@@ -69,12 +81,13 @@ def decay(step, A2, begins, token):
 def fetch(buffer, ptr, low, high, stride, columns):
     """Begin to copy a tile into the buffer, in pieces of 16 bytes, the largest there are.
 
-    Where there is one column, each row is a piece. Rows outside [low, high), and pieces beyond the
-    last column, become zero.
+    Rows that are shorter are one piece. Rows outside [low, high), and pieces beyond the last
+    column, become zero.
     """
     ROWS: gl.constexpr = buffer.shape[0]
     COLUMNS: gl.constexpr = buffer.shape[1]
-    PIECE: gl.constexpr = 1 if COLUMNS == 1 else 128 // buffer.dtype.primitive_bitwidth
+    WHOLE: gl.constexpr = 128 // buffer.dtype.primitive_bitwidth
+    PIECE: gl.constexpr = WHOLE if WHOLE < COLUMNS else COLUMNS
     LANES: gl.constexpr = 32 if COLUMNS > 32 * PIECE else COLUMNS // PIECE
     LAYOUT: gl.constexpr = gl.BlockedLayout(
         [1, PIECE], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0]
@@ -82,7 +95,10 @@ def fetch(buffer, ptr, low, high, stride, columns):
     r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     c = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))[None, :]
     inside = ((r >= low) & (r < high))[:, None] & (c // PIECE * PIECE < columns)
-    async_copy.async_copy_global_to_shared(buffer, ptr + r[:, None] * stride + c, mask=inside)
+    at = gl.multiple_of(
+        ptr + r[:, None] * stride + c, [1, PIECE * buffer.dtype.primitive_bitwidth // 8]
+    )
+    async_copy.async_copy_global_to_shared(buffer, at, mask=inside)
 
 
 @gluon.jit

@@ -20,9 +20,9 @@ before it give, which is the scan once more, over chunks. This costs nearly ever
 (`cutting.of_ends`). What a whole sequence gives, to others than the chunks of one kernel, `end`
 says.
 
-**Sequences in a row.** Where one begins, the decay is zero, in both directions. So a constant that
-makes 2^… zero is added to the exponent (`_gates.NEVER`), in the same instruction that multiplies Δ
-and A. ΣΔ gets it too, and is below zero over a chunk through which nothing goes.
+**Sequences in a row.** Where one begins, the decay is zero, in both directions. So a number that
+makes 2^… zero is added to the exponent (`_gates.mark`), in the same instruction that multiplies Δ
+and A. ΣΔ gets it too, which says over a chunk that nothing goes through.
 
 **Backward.** The forward pass writes down some of the states, and the backward pass computes the
 others once more. Sums over channels, for B and C, are written per program and added up afterwards,
@@ -86,7 +86,7 @@ def forward(
     x, dt, z = (_rows(tensor, staged) for tensor in (x, dt, z))
     B, C = _rows(B, False), _rows(C, False)
     D, dt_bias, h0 = _float(D), _float(dt_bias), _transposed(_float(h0))
-    A, B, C, begins = _prepared(A, B, C, begins)
+    (A, B, C), begins = _prepared(A, B, C), _words(begins)
     every = spacing(x, d_state, exact) if keep else None
     return _run(x, dt, A, B, C, D, z, dt_bias, h0, begins, dt_softplus, exact, every)
 
@@ -179,27 +179,37 @@ def end(
     return (decay * ends).sum(1).mT, spans.sum(1)
 
 
-def _prepared(A, B, C, begins, zeros=None):
-    """Return A turned, (d_state, d_inner), B, C, and what begins adds to exponents, if given.
+def _words(begins: Tensor | None) -> Tensor | None:
+    """Return it in words of four bytes, rows being filled up to whole 16 tokens.
 
-    All are of float32 and without gaps, made by one kernel. It also fills `zeros`, if given.
+    So 16 bytes can be copied at a time.
+    """
+    if begins is None:
+        return None
+    length = begins.shape[1]
+    if length % 16 or begins.data_ptr() % 16 or not begins.is_contiguous():
+        begins = F.pad(begins, (0, -length % 16))
+    return begins.view(torch.int32)
+
+
+def _prepared(A, B, C, zeros=None):
+    """Return A turned, (d_state, d_inner), B and C, in float32 and without gaps.
+
+    One kernel makes them. It also fills `zeros`, if given.
     """
     (d_inner, d_state), (batch, length, _) = A.shape, B.shape
     A, turned = A.contiguous(), A.new_empty(d_state, d_inner, dtype=torch.float32)
     shared = turned.new_empty(2, batch, length, d_state)
-    starts = marks = None
-    if begins is not None:
-        starts, marks = begins.contiguous().view(torch.uint8), turned.new_empty(batch, length)
     ROWS, ZEROS, count = 128, 4096, 0 if zeros is None else zeros.numel()
     programs = triton.cdiv(batch * length, ROWS) + triton.cdiv(d_inner, ROWS)
     programs += triton.cdiv(count, ZEROS)
     with on(A):
         around.prepare[(programs,)](
-            *(A, B, C, starts, turned, *shared, marks, zeros),
+            *(A, B, C, turned, *shared, zeros),
             *(batch * length, length, d_inner, d_state, count), *_strides(B), *_strides(C),
             ROWS=ROWS, BLOCK_N=triton.next_power_of_2(d_state), ZEROS=ZEROS, num_warps=4,
         )  # fmt: skip
-    return turned, *shared, marks
+    return turned, *shared
 
 
 def _sums(shared: Tensor, own: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -266,7 +276,8 @@ def _run_ends(u, dt, A, V, z, dt_bias, begins, sizes, dt_softplus, exact, revers
     rows, in_gluon = batch * triton.cdiv(d_inner, LANES), _takes(u, d_state, exact)
     if in_gluon:
         kinds = _gluon_ends(rows, d_state, reverse)
-        in_gluon = cutting.of_ends(kinds, chunk, chunks, multiprocessors(u)) is kinds[0]
+        soonest = cutting.of_ends(kinds, chunk, chunks, multiprocessors(u))
+        in_gluon = begins is not None or soonest is kinds[0]
     if in_gluon:
         constants = forward_in_gluon.ends_config(d_state)
         forward_in_gluon.ends[rows * chunks, d_state // constants["N"]](
@@ -309,7 +320,7 @@ def _run_backward(x, dt, A, B, C, D, z, dt_bias, begins, starts, dy, dh_last, dt
     batch, length, d_inner = x.shape
     d_state, blocks = A.shape[1], triton.cdiv(d_inner, BACKWARD_D)
     results = _results(x, dt, z, d_state, slots=batch, blocks=blocks)
-    A, B, C, begins = _prepared(A, B, C, begins)
+    (A, B, C), begins = _prepared(A, B, C), _words(begins)
     strides = *_strides(x), *_strides(dt), *_strides(z), *_strides(dy)
     given = x, dt, A, B, C, D, z, dt_bias, begins, starts, dy, dh_last
     config = _config(d_state, dt_softplus, exact) | {"BLOCK_D": BACKWARD_D}
@@ -330,7 +341,7 @@ def _run_gluon_backward(
     chunks = triton.cdiv(length, chunk)
     # two groups of channels share a part of the sums for B and C, which they add to
     results = _results(x, dt, z, d_state, slots=batch * chunks, blocks=triton.cdiv(groups, 2))
-    A, B, C, begins = _prepared(A, B, C, begins, zeros=results[3])
+    (A, B, C), begins = _prepared(A, B, C, zeros=results[3]), _words(begins)
     ends = spans = None
     with on(x):
         if chunks > 1:

@@ -1,19 +1,15 @@
 """What the selective scan needs before and after: copies, and sums of parts, one kernel each."""
 
-from mamba_tutorial.kernels._gates import NEVER
 from mamba_tutorial.kernels._triton import tl, triton
 
 
 @triton.jit
 def prepare(
-    A_ptr, B_ptr, C_ptr, starts_ptr, turned_ptr, b_ptr, c_ptr, begins_ptr, zeros_ptr,
+    A_ptr, B_ptr, C_ptr, turned_ptr, b_ptr, c_ptr, zeros_ptr,
     rows, length, d_inner, d_state, zeros, B_batch, B_row, C_batch, C_row,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
-    """B and C in float32, without gaps; after them A turned; and after it zeros, ZEROS each.
-
-    starts: a byte for each token, not 0 where a sequence begins. There `begins` is NEVER, else 0.
-    """
+    """B and C in float32, without gaps; after them A turned; and after it zeros, ZEROS each."""
     n, blocks = tl.arange(0, BLOCK_N)[None, :], tl.cdiv(rows, ROWS)
     program = tl.program_id(0)
     others = blocks + tl.cdiv(d_inner, ROWS)
@@ -25,9 +21,6 @@ def prepare(
         C = tl.load(C_ptr + sequence * C_batch + token * C_row + n, inside)
         tl.store(b_ptr + at, B.to(tl.float32), inside)
         tl.store(c_ptr + at, C.to(tl.float32), inside)
-        if starts_ptr is not None:
-            starts = tl.load(starts_ptr + row, row < rows)
-            tl.store(begins_ptr + row, tl.where(starts != 0, NEVER, 0.0), row < rows)
     elif program < others:
         d = ((program - blocks) * ROWS + tl.arange(0, ROWS))[:, None]
         inside = (d < d_inner) & (n < d_state)

@@ -38,9 +38,10 @@ from mamba_tutorial.kernels._gluon import (
     sigmoid,
     softplus,
     stack,
+    words_of,
 )
 from mamba_tutorial.kernels._triton import async_copy, gl, gluon
-from mamba_tutorial.kernels.selective_scan.forward_in_gluon import join
+from mamba_tutorial.kernels.selective_scan.forward_in_gluon import join, marks
 
 LN2 = gl.constexpr(0.6931471805599453)
 
@@ -210,10 +211,10 @@ def backward(
         ptrs = ptrs + (z_ptr + batch * z_batch * Z + group * W,)
     begin_rows = None
     if begins_ptr is not None:
-        begins = gl.allocate_shared_memory(gl.float32, [STAGES, TILE, 1], PLAIN)
-        begin_rows = begins._reinterpret(gl.float32, [STAGES * TILE, 1, 1, 1, 1], KEPT)
-        buffers, strides, columns = buffers + (begins,), strides + (1,), columns + (1,)
-        ptrs = ptrs + (begins_ptr + tokens,)
+        begins = gl.allocate_shared_memory(gl.uint8, [STAGES, 1, TILE], PLAIN)
+        begin_rows = begins._reinterpret(gl.int32, [STAGES * TILE // 4, 1, 1, 1, 1], KEPT)
+        buffers, strides, columns = buffers + (begins,), strides + (1,), columns + (TILE,)
+        ptrs = ptrs + (marks(begins_ptr, batch, length),)
     starts_ptr += batch * gl.cdiv(length, SECTION) * size
     rows = (batches * length).to(gl.int64)
     dB_ptr = shared_ptr + (group // 2 * 2 * rows + tokens) * N
@@ -259,11 +260,12 @@ def backward(
             _order_step(
                 buffers, ptrs, strides, columns, first, ahead, stop, free, COUNT, TILE, TILES
             )
+            words = words_of(begin_rows, slot, A2, TILE)
             for k in gl.static_range(TILE):
                 step_k = _of_channels(step_rows.index(k).load(OVER_D))
                 drive_k = _of_channels(drive_rows.index(k).load(OVER_D))
                 B_k = _of_states(B_rows.index(slot * TILE + k).load(OVER_N))
-                a = decay(step_k, A2, begin_rows, slot * TILE + k)
+                a = decay(step_k, A2, words, k)
                 h = gl.fma(a, h, drive_k * B_k)
             slot = gl.where(slot + 1 == STAGES, 0, slot + 1)
         kept.index(TILES - 1).store(h)
@@ -294,13 +296,14 @@ def backward(
 
             h = kept.index(2 * TILES - 2 - i).load(STATE)
             before, decays, ys, dCs = (), (), (), ()
+            words = words_of(begin_rows, slot, A2, TILE)
             for k in gl.static_range(TILE):
                 step_k = _of_channels(step_rows.index(k).load(OVER_D))
                 drive_k = _of_channels(drive_rows.index(k).load(OVER_D))
                 upstream_k = _of_channels(upstream_rows.index(k).load(OVER_D))
                 B_k = _of_states(B_rows.index(slot * TILE + k).load(OVER_N))
                 C_k = _of_states(C_rows.index(slot * TILE + k).load(OVER_N))
-                a = decay(step_k, A2, begin_rows, slot * TILE + k)
+                a = decay(step_k, A2, words, k)
                 before = before + (h,)
                 if k < TILE - 1:
                     decays = decays + (a,)
@@ -332,7 +335,7 @@ def backward(
                 if k < TILE - 1:
                     G = decays[k] * g
                 else:
-                    G = decay(step_k, A2, begin_rows, slot * TILE + k) * g
+                    G = decay(step_k, A2, words, k) * g
                 dlog = G * before[k]  # the gradient of Δ A
                 dA = gl.fma(dlog, step_k, dA)
                 dxs = (gl.sum(g * B_k, axis=1),) + dxs

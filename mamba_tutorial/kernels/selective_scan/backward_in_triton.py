@@ -9,8 +9,8 @@ same bits.
 from mamba_tutorial.kernels._gates import LOG2E, sigmoid
 from mamba_tutorial.kernels._triton import tl, triton
 from mamba_tutorial.kernels.selective_scan.forward_in_triton import (
-    closed,
     exprel,
+    marks,
     row_of,
     step_size,
     with_row,
@@ -120,7 +120,7 @@ def backward(
             slope = b * exprel_slope(z, a, w)
             b *= w
         if begins_ptr is not None:
-            barrier = closed(begins_ptr + batch * length, row, inside)
+            barrier = marks(begins_ptr, batch, length, 0, row, row, inside)
             a = tl.exp2(exponent + barrier[:, :, None])
         kept = b  # what is left of the state before, a_t h_{t−1}
         for k in tl.static_range(TILE):

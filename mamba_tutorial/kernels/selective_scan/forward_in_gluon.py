@@ -23,10 +23,12 @@ from mamba_tutorial.kernels._gluon import (
     below,
     carry,
     decay,
+    mark,
     order,
     sigmoid,
     softplus,
     stack,
+    words_of,
 )
 from mamba_tutorial.kernels._triton import async_copy, gl, gluon
 
@@ -53,6 +55,12 @@ def place(length, chunk, d_inner):
 
 
 @gluon.jit
+def marks(begins_ptr, batch, length):
+    """Return where the bytes of this sequence are that say where others begin in it."""
+    return begins_ptr.to(gl.pointer_type(gl.uint8)) + batch * (gl.cdiv(length, 16) * 16)
+
+
+@gluon.jit
 def step_size(dt, inside, SOFTPLUS: gl.constexpr):
     """Return Δ, zero where there is no token: then the decay is 1 and the input 0."""
     return gl.where(inside, softplus(dt) if SOFTPLUS else dt, 0.0)
@@ -63,16 +71,17 @@ def decays_and_inputs(steps, drives, rows, slot, A2, begins, TILE: gl.constexpr)
     """Return a tile's 2^(Δ A2) and Δ x B, as many tensors [P, S, W] each as it has tokens.
 
     steps: Δ, [TILE, W]; drives: Δ x; rows: B, a tile after the other, [STAGES · TILE, P, S]; begins
-    likewise, as `decay` takes it.
+    likewise, as `words_of` takes it.
     """
     OVER_N: gl.constexpr = gl.SliceLayout(2, A2.type.layout)
     OVER_D: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, A2.type.layout))
     decays, inputs = (), ()
+    words = words_of(begins, slot, A2, TILE)
     for k in gl.static_range(TILE):
         step = gl.expand_dims(gl.expand_dims(steps.index(k).load(OVER_D), 0), 1)
         drive = gl.expand_dims(gl.expand_dims(drives.index(k).load(OVER_D), 0), 1)
         B = gl.expand_dims(rows.index(slot * TILE + k).load(OVER_N), 2)
-        decays = decays + (decay(step, A2, begins, slot * TILE + k),)
+        decays = decays + (decay(step, A2, words, k),)
         inputs = inputs + (drive * B,)
     return decays, inputs
 
@@ -108,7 +117,8 @@ def forward(
     """As `forward_in_triton.forward`; B and C without gaps; WHOLE: d_inner is a multiple of W.
 
     Strides of x, dt and z are in pieces of 16 bytes: so the compiler knows that rows begin at such.
-    begins: for each token NEVER where a sequence begins, else 0.
+    begins: (batch, length), a byte for each token, 1 where a sequence begins; rows being filled up
+    to whole 16 tokens.
     """
     X: gl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     DT: gl.constexpr = 128 // dt_ptr.dtype.element_ty.primitive_bitwidth
@@ -171,10 +181,10 @@ def forward(
         ptrs = ptrs + (z_ptr + (batch * z_batch + first * z_row) * Z + group * W,)
     begin_rows = None
     if begins_ptr is not None:
-        begins = gl.allocate_shared_memory(gl.float32, [STAGES, TILE, 1], PLAIN)
-        begin_rows = begins._reinterpret(gl.float32, [STAGES * TILE, 1, 1, 1], CUBE)
-        buffers, strides, columns = buffers + (begins,), strides + (1,), columns + (1,)
-        ptrs = ptrs + (begins_ptr + token,)
+        begins = gl.allocate_shared_memory(gl.uint8, [STAGES, 1, TILE], PLAIN)
+        begin_rows = begins._reinterpret(gl.int32, [STAGES * TILE // 4, 1, 1, 1], CUBE)
+        buffers, strides, columns = buffers + (begins,), strides + (1,), columns + (TILE,)
+        ptrs = ptrs + (marks(begins_ptr, batch, length) + first,)
     y_ptr += token * d_inner
     if starts_ptr is not None:
         starts_ptr += (batch * gl.cdiv(length, EVERY) + first // EVERY) * size
@@ -301,9 +311,10 @@ def ends(
         buffers, strides, columns = buffers + (zs,), strides + (z_row * Z,), columns + (left,)
     begin_rows = None
     if begins_ptr is not None:
-        begins = gl.allocate_shared_memory(gl.float32, [STAGES, TILE, 1], PLAIN)
-        begin_rows = begins._reinterpret(gl.float32, [STAGES * TILE, 1, 1, 1], CUBE)
-        buffers, strides, columns = buffers + (begins,), strides + (1,), columns + (1,)
+        begins = gl.allocate_shared_memory(gl.uint8, [STAGES, 1, TILE], PLAIN)
+        begin_rows = begins._reinterpret(gl.int32, [STAGES * TILE // 4, 1, 1, 1], CUBE)
+        begin_bytes = begins._reinterpret(gl.uint8, [STAGES, TILE], ROW)
+        buffers, strides, columns = buffers + (begins,), strides + (1,), columns + (TILE,)
 
     for half in range(2 - HALVES, 2):
         begin, end = part * share, part * chunk  # the tail of the chunk before
@@ -321,7 +332,7 @@ def ends(
         if z_ptr is not None:
             ptrs = ptrs + (z_ptr + (batch * z_batch + first * z_row) * Z + group * W,)
         if begins_ptr is not None:
-            ptrs = ptrs + (begins_ptr + batch * length + first,)
+            ptrs = ptrs + (marks(begins_ptr, batch, length) + first,)
         for i in gl.static_range(STAGES - 1):
             start = _start(gl.to_tensor(i), tiles, TILE, REVERSE)
             order(buffers, ptrs, strides, columns, start, tokens, i, COUNT)
@@ -339,7 +350,8 @@ def ends(
             step = step_size(dt + bias[None, :], start + row < tokens, SOFTPLUS)
             span += step
             if begins_ptr is not None:
-                span += begins.index(slot).load(PAIR)
+                bytes = begin_bytes.index(slot).load(gl.SliceLayout(1, PAIR))
+                span += mark(bytes.to(gl.int32), 0)[:, None]
             if not REVERSE:
                 u *= step
             if z_ptr is not None:

@@ -15,7 +15,7 @@ five that each of the 16 states takes, and 16 of those are exponentials, for whi
 fewest units.
 """
 
-from mamba_tutorial.kernels._gates import LOG2E, carry, sigmoid, softplus
+from mamba_tutorial.kernels._gates import LOG2E, carry, mark, sigmoid, softplus
 from mamba_tutorial.kernels._triton import tl, triton
 
 
@@ -42,9 +42,14 @@ def step_size(dt, inside, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def closed(begins_ptr, row, inside):
-    """Return what to add to the exponents of the decays: NEVER where a sequence begins, else 0."""
-    return tl.load(begins_ptr + row, inside, 0.0)
+def marks(begins_ptr, batch, length, first, row, k, inside):
+    """Return what to add to the exponents of the decays of these rows after the first (`mark`).
+
+    begins: (batch, length) in words of four tokens, filled up to whole 16 tokens, of which `first`
+    begins some. k: as row in a word; a constant, if possible, for then so is what `mark` does.
+    """
+    begins_ptr += batch * (tl.cdiv(length, 16) * 4) + first // 4
+    return mark(tl.load(begins_ptr + row // 4, inside, 0), k)
 
 
 @triton.jit
@@ -76,7 +81,7 @@ def forward(
 ):  # fmt: skip
     """A: (d_state, d_inner); h0, ends, starts, last: (batch, …, d_state, d_inner), float32.
 
-    begins: for each token NEVER where a new sequence begins, else 0.
+    begins: as `marks` takes it.
     """
     chunks = tl.cdiv(length, chunk)
     block, part, batch = place(d_inner, chunks, BLOCK_D)
@@ -110,8 +115,6 @@ def forward(
     B_ptr += token * d_state
     C_ptr += token * d_state
     y_ptr += token * d_inner
-    if begins_ptr is not None:
-        begins_ptr += token
     if z_ptr is not None:
         z_ptr += batch * z_batch + first * z_row
     if starts_ptr is not None:
@@ -134,7 +137,8 @@ def forward(
         if EXACT:
             b *= exprel(step[:, None, :] * A, a)
         if begins_ptr is not None:
-            a = tl.exp2(exponent + closed(begins_ptr, row, inside)[:, :, None])
+            barrier = marks(begins_ptr, batch, length, first, row, row, inside)
+            a = tl.exp2(exponent + barrier[:, :, None])
         hs = b
         for k in tl.static_range(TILE):
             h = row_of(a, k) * h + row_of(b, k)
@@ -159,7 +163,7 @@ def ends(
 
     Forwards u = x, V = B and h ← a h + Δ u V, for the first `kept` chunks. In reverse u = dy, V = C
     and G ← a (G + u silu(z) V), the gradient of the state before; for the last `kept`. Where a
-    sequence begins in between, nothing goes through, and ΣΔ is below zero.
+    sequence begins in between, nothing goes through, and ΣΔ is below CLOSED.
 
     The states do not meet, so a program takes BLOCK_N of them: its number along the second axis.
 
@@ -219,7 +223,9 @@ def ends(
             if EXACT and not REVERSE:
                 b *= exprel(step[:, None, :] * A, a)
             if begins_ptr is not None:
-                barrier = closed(begins_ptr + batch * length + first, row, inside)
+                barrier = marks(
+                    begins_ptr, batch, length, first, row, row if REVERSE else t, inside
+                )
                 a = tl.exp2(exponent + barrier[:, :, None])
                 span += barrier
             for k in tl.static_range(TILE):
