@@ -196,8 +196,8 @@ class CausalConv1d(nn.Conv1d):
 class MambaBlock(nn.Module):
     """Project in, convolve, select and scan, gate, project out.
 
-    The width of the convolution, d_conv, is short: it lets Δ, B and C depend on a few tokens
-    instead of one. The state starts at zero.
+    The width of the convolution, d_conv, is short: by it, Δ, B and C and what is written
+    into the state are made of a few tokens instead of one. The state starts at zero.
 
     Args:
         config: the sizes; n_layer and vocab_size play no part here.

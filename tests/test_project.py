@@ -239,10 +239,10 @@ def test_what_the_readme_says_of_other_sizes_is_recorded():
         return all(row[f"ours_{key}"] < row[f"official_{key}"] for key in ("forward_ms", "both_ms"))
 
     assert f"At {sum(map(faster, rows))} of {len(rows)} other sizes" in README
-    others = [row for row in rows if not faster(row)]
-    assert max(row["ours_forward_ms"] for row in others) < 0.031
-    assert sum("kernels_of" in row for row in others) == len(others) - 1 == 3
-    assert "of the four others, which are over in some 20 microseconds, three were" in README
+    (other,) = (row for row in rows if not faster(row))
+    assert other["ours_both_ms"] < other["official_both_ms"]
+    forward = f"{1e3 * other['ours_forward_ms']:.0f} microseconds, is slower forwards alone"
+    assert f"the other, whose forward pass takes {forward}" in README
     memory = {}
     for row in rows:
         each = row["ours_peak_mib"] / row["official_peak_mib"]
