@@ -277,6 +277,7 @@ def _run_ends(u, dt, A, V, z, dt_bias, begins, sizes, dt_softplus, exact, revers
     if in_gluon:
         kinds = _gluon_ends(rows, d_state, reverse)
         soonest = cutting.of_ends(kinds, chunk, chunks, multiprocessors(u))
+        # the weights are those without borders, which cost the one in Triton more
         in_gluon = begins is not None or soonest is kinds[0]
     if in_gluon:
         constants = forward_in_gluon.ends_config(d_state)
