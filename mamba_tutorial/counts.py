@@ -1,13 +1,17 @@
 """How long a selective scan must take on a GPU, counted before anything is written.
 
 A pair is one token of one channel. What a kernel needs for each pair is counted here; how much of
-it the chip can do in a clock is known; the quotient is a time that no kernel of this formulation
-can beat.
+it the chip can do in a clock is measured (`mamba_tutorial.benchmark.units`); the quotient is a time
+that no kernel of this formulation can beat.
 """
 
 from dataclasses import dataclass
 
 from mamba_tutorial.records import recorded
+
+# instructions for a pair in the loops of the compiled kernels in Gluon, with 16 states, on an H100;
+# a test compiles them and counts
+COMPILED = {"forward": 144, "backward": 468}
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,8 @@ class GPU:
         multiprocessors: how many there are; the numbers below are of each.
         schedulers: instructions of a warp that begin in a clock.
         special: exponentials, reciprocals and the like in a clock.
-        shared: numbers of 4 bytes that shared memory hands out or takes in, in a clock.
+        shared: numbers of 4 bytes that shared memory hands out or takes in, in a clock; twice as
+            many if all lanes of a warp read the same 8 or 16 bytes.
     """
 
     clock: float
@@ -56,15 +61,17 @@ def floors(gpu: GPU, batch: int, length: int, d_inner: int, d_state: int = 16) -
     }
 
 
-def forward_words(d_state: int, states: int) -> int:
+def forward_words(d_state: int, states: int) -> float:
     """Return the numbers that go through shared memory for a pair, forward.
+
+    All lanes of a warp read the same B and C, up to four numbers at once: each counts one half.
 
     Args:
         d_state: the states of a channel.
         states: how many of them a thread holds; the others are other threads'.
     """
     threads = d_state // states
-    words = threads * 2 * states + 3  # B and C for each thread; x, Δ and z from their copies
+    words = threads * 2 * _alike(states) + 3  # B, C for each thread; x, Δ, z from their copies
     if threads > 1:
         words += 2 + 2 * threads  # Δ and Δ x, computed once: in, and out for each thread
         words += 2 * threads  # the parts of y: in, and out
@@ -74,17 +81,24 @@ def forward_words(d_state: int, states: int) -> int:
 def backward_words(d_state: int, states: int, channels: int, tile: int = 8) -> float:
     """Return the numbers that go through shared memory for a pair, backward.
 
+    All lanes of a warp read the same B and C, up to four numbers at once: each counts one half.
+
     Args:
         d_state: the states of a channel.
         states: how many of them a thread holds, of each of its channels.
         channels: the channels of a thread.
         tile: the tokens of a tile, of which a section has as many.
     """
-    numbers = (1 - 1 / tile) * (states + 2 * channels)  # forwards through the section
-    numbers += 2 * (2 * states + 3 * channels)  # forth and back through a tile
+    numbers = (1 - 1 / tile) * (_alike(states) + 2 * channels)  # forwards through the section
+    numbers += 2 * (2 * _alike(states) + 3 * channels)  # forth and back through a tile
     numbers += 2 * 2 * states  # two sums over channels, in and out
     numbers += 3 * 2 * channels if states < d_state else 0  # three sums over states
     return numbers * d_state / (states * channels)
+
+
+def _alike(numbers: int) -> float:
+    """Return what it counts to read so many numbers that are the same for all lanes of a warp."""
+    return numbers / 2 if numbers > 1 else 1.0
 
 
 def backward_exponentials(d_state: int, tile: int = 8) -> float:
@@ -108,3 +122,9 @@ def backward_registers(states: int, channels: int, tile: int = 8) -> int:
 def shared_ms(gpu: GPU, words: int | float, pairs: int) -> float:
     """Return the milliseconds in which shared memory hands out so many numbers for each pair."""
     return 1e3 * words * pairs / (gpu.shared * gpu.multiprocessors * gpu.clock)
+
+
+def issued_ms(gpu: GPU, instructions: int | float, pairs: int) -> float:
+    """Return the milliseconds in which schedulers issue so many instructions for each pair."""
+    lanes = 32 * gpu.schedulers * gpu.multiprocessors
+    return 1e3 * instructions * pairs / (lanes * gpu.clock)

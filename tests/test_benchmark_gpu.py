@@ -3,13 +3,16 @@
 import importlib.util
 import json
 import math
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from mamba_tutorial.benchmark import gpu, measuring, recurrence, scans
+from mamba_tutorial import counts
+from mamba_tutorial.benchmark import gpu, measuring, recurrence, scans, units
 
 RESULTS = Path(__file__).parents[1] / "book" / "results"
 
@@ -54,6 +57,63 @@ def test_a_wrong_candidate_is_not_timed():
     exact = recurrence.ours_recurrence(a, b)
     with pytest.raises(ValueError, match="wrong, by"):
         recurrence._recurrence(lambda a, b: b, (a, b, b), 1, exact, slice(0, 4))
+
+
+def test_a_program_takes_from_the_first_warp_that_begins_to_the_last_that_ends():
+    clocks = torch.tensor([[[100, 180], [90, 170]], [[7, 60], [8, 87]], [[0, 500], [1, 600]]])
+    assert units._taken(clocks) == 90
+    with pytest.raises(ValueError, match=r"wrong: 2\.0 instead of 1"):
+        units._check(torch.full((3, 2), 2.0), 1, 0.5)
+
+
+UNITS = """
+import os, re, subprocess, sys, tempfile
+os.environ["TRITON_INTERPRET"] = "0"
+import torch
+torch.cuda.is_available = lambda: True  # to compile for a GPU, none is needed
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from mamba_tutorial.benchmark import units, units_in_gluon
+
+disassembler = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/nvdisasm")
+given = {"clocks_ptr": "*i64", "result_ptr": "*fp32", "steps": "i32"}
+reads = [{"PIECE": piece, "SHARED": shared} for piece in (1, 2, 4) for shared in (False, True)]
+exponentials = [{"PAIRS": pairs} for pairs in (False, True)]
+for name, constants in [("exponentials", c) for c in exponentials] + [("reads", c) for c in reads]:
+    kernel = getattr(units_in_gluon, name)
+    values = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
+    source = GluonASTSource(
+        kernel, signature=given | dict.fromkeys(constants, "constexpr"), constexprs=values
+    )
+    options = {"num_warps": units.WARPS}
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        command = [disassembler, "-c", file.name]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    loop = re.search(r"(\\.L_x_\\d+):((?:(?!\\.L_x_\\d+:).)*?BRA `\\(\\1\\))", code, re.S)[2]
+    found = re.findall(r"(?:LDS|MUFU|BAR)[.\\w]*", loop)
+    print(name, *constants.values(), *sorted(set(found)), len(found) % 8)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_the_loops_that_measure_a_unit_have_its_instruction_and_none_that_waits():
+    command = [sys.executable, "-c", UNITS]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [
+        "exponentials False MUFU.EX2 0",
+        "exponentials True MUFU.EX2.F16 0",
+        "reads 1 False LDS 0",
+        "reads 1 True LDS 0",
+        "reads 2 False LDS.64 0",
+        "reads 2 True LDS.64 0",
+        "reads 4 False LDS.128 0",
+        "reads 4 True LDS.128 0",
+    ]
 
 
 def test_a_measurement_that_is_stopped_keeps_its_rows(tmp_path, monkeypatch):
@@ -101,3 +161,14 @@ def test_the_length_is_cut_nearly_as_well_as_it_can_be():
     for rows in times.values():
         for key in ("forward_ms", "both_ms"):
             assert rows[None][key] < 1.1 * min(row[key] for row in rows.values() if key in row)
+
+
+def test_a_multiprocessor_does_in_a_clock_what_the_counts_take_for_granted():
+    chip = counts.GPU(clock=1.0, bandwidth=1.0)
+    for row in json.loads((RESULTS / "gpu_units.json").read_text("utf-8"))["results"]:
+        if row["what"] == "exponentials":  # pairs in float16 are no faster
+            assert row["per_clock"] == pytest.approx(chip.special, rel=0.05)
+        elif row["shared"] and row["bytes"] > 4:  # 56 and 61: no count asks for more than is there
+            assert 1.7 * chip.shared < row["per_clock"] < 2 * chip.shared
+        else:
+            assert row["per_clock"] == pytest.approx(chip.shared, rel=0.05)

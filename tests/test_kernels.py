@@ -19,6 +19,7 @@ import scipy.special
 import torch
 import torch.nn.functional as F
 
+from mamba_tutorial import counts
 from mamba_tutorial.benchmark import measuring, scans
 from mamba_tutorial.generation import StepGraph
 from mamba_tutorial.kernels import cpu
@@ -837,18 +838,29 @@ for name, (kernel, constants) in kernels.items():
     arch = f"-arch=sm_{chip}" + "a" * (chip == 90)
     print("kernel", name, tool(ptx, "ptxas", "-v", arch, "-o", os.devnull))
 
-# how many instructions the largest loop has: from a label to the jump back to it
-kernel, constants = kernels["forward"]
-code = build(kernel, constants | {"starts_ptr": None})["cubin"]
-place, labels, longest = 0, {}, 0
-for line in tool(code, "nvdisasm", "-c").splitlines():
-    if label := re.match(r"\\s*(\\.L_x_\\d+):", line):
-        labels[label[1]] = place
-    elif line.lstrip().startswith("/*"):
-        place += 1
-        if (jump := re.search(r"BRA.*`\\((\\.L_x_\\d+)\\)", line)) and jump[1] in labels:
-            longest = max(longest, place - labels[jump[1]])
-print("instructions per token:", longest / constants["TILE"])
+def loops(name, **others):
+    # how many instructions each loop has, the longest first: from a label to the jump back to it
+    kernel, constants = kernels[name]
+    place, labels, found = 0, {}, []
+    code = build(kernel, constants | others)["cubin"]
+    for line in tool(code, "nvdisasm", "-c").splitlines():
+        if label := re.match(r"\\s*(\\.L_x_\\d+):", line):
+            labels[label[1]] = place
+        elif line.lstrip().startswith("/*"):
+            place += 1
+            if (jump := re.search(r"BRA.*`\\((\\.L_x_\\d+)\\)", line)) and jump[1] in labels:
+                found.append(place - labels[jump[1]])
+    return sorted(found, reverse=True)
+
+
+print("instructions per token:", loops("forward", starts_ptr=None)[0] / common["TILE"])
+# of all warps, for a pair of a token and a channel; 32 lanes do an instruction together
+there, back = (kernels[f"gluon {way}"][1] for way in ("forward", "backward"))
+print("per pair, forward:", loops("gluon forward")[0] * there["num_warps"] / there["TILE"])
+section, tile_back, tile_there = loops("gluon backward")[:3]  # it holds each of the two once
+tiles = 64 // back["TILE"]
+section += (tiles - 1) * tile_back + (tiles - 2) * tile_there
+print("per pair, backward:", section * back["num_warps"] * 32 / (64 * 64))
 
 # Triton turns an integer argument that is 1 into a Python integer, which has no methods: for all
 # chips alike, so one shows it.
@@ -899,6 +911,10 @@ def test_triton_compiles_for_two_generations_of_gpus_and_hardly_spills(chip):
     assert "Used 255 registers" in result.stdout  # the backward pass in Gluon
     count = float(re.search(r"instructions per token: (\S+)", result.stdout)[1])
     assert 5 * 16 < count < 140
+    if chip == 90:
+        for way, expected in counts.COMPILED.items():
+            count = float(re.search(rf"per pair, {way}: (\S+)", result.stdout)[1])
+            assert count == pytest.approx(expected, rel=0.03)
     assert f"sizes of one: {19 if chip == 90 else 0}\n" in result.stdout
 
 

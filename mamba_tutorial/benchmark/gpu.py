@@ -8,7 +8,8 @@ with the reason.
 
 Times are medians of CUDA events around the replay of a CUDA graph, so that starting kernels from
 Python does not count, with the second-level cache cleared before each. Where a library cannot be
-recorded in a graph it is called directly, and the row says so.
+recorded in a graph it is called directly, and the row says so. The kernels of `units` read the
+clock of their multiprocessor instead.
 """
 
 import argparse
@@ -23,12 +24,14 @@ from mamba_tutorial.benchmark.learning import block, layers, training, transform
 from mamba_tutorial.benchmark.measuring import saved
 from mamba_tutorial.benchmark.recurrence import recurrence
 from mamba_tutorial.benchmark.scans import chunks, lessons, selective, starts, sweep
+from mamba_tutorial.benchmark.units import units
 from mamba_tutorial.benchmark.writing import contexts, decode, generation
 
 COMMAND = "python -m mamba_tutorial.benchmark.gpu"
 SECTIONS = {
     section.__name__: section
     for section in (
+        units,
         recurrence,
         selective,
         sweep,

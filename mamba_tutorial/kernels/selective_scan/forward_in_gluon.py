@@ -1,14 +1,13 @@
 """The forward pass of the selective scan in Gluon.
 
-`forward_in_triton.forward` gives a thread one channel with all 16 states. It spends as much time on
-reading B and C from shared memory as on exponentials, and 8 sequences of 2048 channels make no more
-than one warp for each scheduler, which then waits whenever that warp does. Here two warps share 32
-channels, with eight states of each channel in a thread. So there are twice as many warps, and what
-belongs to a channel alone, Δ, Δ x and the gate, is computed once, by one thread for both warps. It
-goes through shared memory, and so do the two halves of y. (That is 16 states. More of them have
-more warps, down to eight states in a thread; fewer have two warps all the same. Up to 16
-states, programs that are alone on their multiprocessor have four warps, with half as many states in
-a thread.)
+`forward_in_triton.forward` gives a thread one channel with all 16 states. So 8 sequences of 2048
+channels make no more than one warp for each scheduler, which then waits whenever that warp does.
+Here two warps share 32 channels, with eight states of each channel in a thread. So there are twice
+as many warps, and what belongs to a channel alone, Δ, Δ x and the gate, is computed once, by one
+thread for both warps. It goes through shared memory, and so do the two halves of y. (That is 16
+states. More of them have more warps, down to eight states in a thread; fewer have two warps all the
+same. Up to 16 states, programs that are alone on their multiprocessor have four warps, with half as
+many states in a thread.)
 
 A tile of TILE tokens takes three steps, with a barrier after each:
 
