@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mamba_tutorial import data, experiments
+from mamba_tutorial import data, experiments, training
 from mamba_tutorial.experiments import EXPERIMENTS, checkpoint
 from mamba_tutorial.experiments.models import GATES, GatedLayer, Invariant, Selective
 from mamba_tutorial.mamba import MambaConfig, MambaLM
@@ -20,7 +20,7 @@ TINY = {**EXPERIMENTS["wall"], "steps": 2, "batch": 2, "seeds": [0, 1], "learnin
 RECORDED = [name for name in EXPERIMENTS if (RESULTS / f"experiment_{name}.json").exists()]
 
 # runs that are still to be made, on a GPU: the same command goes on with them
-UNFINISHED = Counter({"induction": 4, "recall_starts": 20})
+UNFINISHED = Counter({"gates_long": 2, "language_large": 6})
 
 
 def test_what_the_chapters_draw_is_recorded():
@@ -37,7 +37,7 @@ def test_the_recorded_runs_are_all_runs_of_the_configuration(name):
         assert done == EXPERIMENTS[name]["steps"] or score >= EXPERIMENTS[name]["stop_at"]
         model = experiments.build(EXPERIMENTS[name], run["model"], run["seed"])
         assert run["parameters"] == sum(p.numel() for p in model.parameters())
-    assert len(EXPERIMENTS[name]["seeds"]) >= 3
+    assert len(EXPERIMENTS[name]["seeds"]) >= 3 or name == "gates_long"  # a demonstration
 
 
 @pytest.fixture
@@ -66,11 +66,17 @@ def test_an_interrupted_experiment_runs_only_what_is_missing(tiny, tmp_path, mon
     arguments = ["wall", "--quick", "--out", str(tmp_path)]
     with pytest.raises(KeyboardInterrupt):
         experiments.main(arguments, shown.append)
-    record = json.loads((tmp_path / "experiment_wall_quick.json").read_text())
+    path = tmp_path / "experiment_wall_quick.json"
+    record = json.loads(path.read_text())
     assert len(record["runs"]) == 2
+    record["environment"]["gpu"] = "another"
+    path.write_text(json.dumps(record))
     experiments.main(arguments, shown.append)
-    again = json.loads((tmp_path / "experiment_wall_quick.json").read_text())
+    again = json.loads(path.read_text())
     assert again["runs"][:2] == record["runs"]
+    assert "environment" not in again["runs"][1]
+    elsewhere = {"gpu": training.environment()["gpu"]}
+    assert all(one["environment"] == elsewhere for one in again["runs"][2:])
     assert [tuple(one[key] for key in ("model", "lr", "seed")) for one in again["runs"]] == [
         (name, 1e-3, seed) for seed in (0, 1) for name in tiny["models"]
     ]

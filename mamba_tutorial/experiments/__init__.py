@@ -3,9 +3,9 @@
 An experiment is a table: models by name, each trained with every seed and every learning rate. Its
 configuration is plain data, `EXPERIMENTS`; its record, one JSON file in `book/results`, holds the
 configuration, the command, versions and hardware, and of each run the scores on the way and the
-time. The record is written after each run, and a run that it holds already is not run again: stop
-it at any time, and start it again with the same command. Runs that are meant for a GPU ("graph")
-are kept on the way, too.
+time, and what of versions and hardware was not as for the first. The record is written after each
+run, and a run that it holds already is not run again: stop it at any time, and start it again with
+the same command. Runs that are meant for a GPU ("graph") are kept on the way, too.
 
 Each room of this package has the configurations of its experiments; some have batches and a score
 of their own, or measure more after the training.
@@ -210,9 +210,11 @@ def complete(name: str, path: Path, configuration: dict, command: str, jobs: int
         if found["configuration"] != configuration:
             raise ValueError(f"{path} records another configuration; move it, or choose --out")
         record = found
+    here = environment()
+    other = {key: here[key] for key in here if here[key] != record["environment"].get(key)}
     todo = list(missing(configuration, record["runs"]))
     for result in tqdm(_results(configuration, todo, jobs, path), total=len(todo), desc=name):
-        record["runs"].append(result)
+        record["runs"].append(result | ({"environment": other} if other else {}))
         draft = path.with_suffix(".part")
         draft.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         draft.replace(path)

@@ -3,7 +3,7 @@
 The paper's task is 4096 tokens long, with 16 of them to remember, and its models have two layers of
 width 64; so here in "gates_long", for the Mamba block alone. "gates" has all six cells at a
 sixteenth of the length. The paper's learning rate is constant, 1e-4, for up to 400,000 steps; here
-it rises and falls, is higher, and the steps are fewer, and a run ends when all is right.
+it rises and falls, the steps are fewer, and a run ends when all is right.
 """
 
 
@@ -45,7 +45,7 @@ EXPERIMENTS = {
         "steps": 12000,
         "stop_at": 0.9999,
         "tested": 512,
-        "learning_rates": [3e-3],
+        "learning_rates": [3e-3, 1e-3, 3e-4],
         "seeds": [0],
         "graph": True,
         "quick": {"data": 3, "noise": 9, "vocab": 6, "steps": 250, "batch": 32, "tested": 256},
