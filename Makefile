@@ -36,8 +36,6 @@ FIRST := book/01_state_space_models.ipynb
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 lab: $(READY)  ## open JupyterLab in the first chapter, and print where it is
-	@# so that figures with a slider are shown before they are run
-	@$(BIN)/jupyter trust book/*.ipynb >/dev/null
 	@$(BIN)/jupyter lab --config=book/_lab/jupyter_server_config.py $(AS_ROOT) --LabApp.default_url=/lab/tree/$(FIRST)
 
 test: $(READY)  ## run everything: style, arrows, tests, all notebooks, the book

@@ -77,6 +77,12 @@ THIN_OUT = """() => {
   }
   document.body.normalize();
 }"""
+FIRST = ".bd-article h2"  # section
+# What is folded: solutions, code and long outputs.
+OPEN = """() => {
+  document.querySelectorAll(".toggle-button[aria-expanded=false]").forEach((b) => b.click());
+  document.querySelectorAll("details").forEach((d) => { d.open = true; });
+}"""
 DEAD = """() => [...document.querySelectorAll("a[href^='#']")].map((link) => link.hash.slice(1))
   .filter((name) => name && !document.getElementById(decodeURIComponent(name)))"""
 
@@ -175,6 +181,15 @@ def test_page(site, contexts, mode, name):
     assert not found.response["violations"], found.generate_report()
     if mode != "dark":
         move_figures(page, touch=mode == "phone")
+        if page.locator(".chapter-card").count() and page.locator(FIRST).count():
+            first = page.locator(FIRST).first
+            place = first.evaluate("e => scrollY + e.getBoundingClientRect().top")
+            assert place < page.viewport_size["height"]  # on the first screen
+        page.evaluate(OPEN)
+        page.wait_for_timeout(500)
+        assert page.evaluate(CUT) == []
+        found = Axe().run(page, context=everything, options=RULES[mode])
+        assert not found.response["violations"], found.generate_report()
     assert page.complaints == []
     local = [urlsplit(address) for address in page.requests if not address.startswith("data:")]
     assert {address.scheme for address in local} == {"file"}
@@ -186,18 +201,30 @@ def test_page(site, contexts, mode, name):
     page.close()
 
 
-@pytest.mark.parametrize(("words", "wanted"), [("Woodbury", "Woodbury"), ("rotations", "rotation")])
-def test_search_shows_excerpts_without_a_server(site, contexts, words, wanted):
+SEARCHES = [
+    ("Woodbury", "woodbury", "05_s4.html#"),
+    ("rotations", "rotation", "10_1_selecting.html#"),
+    ("zero-order hold", "zero-order hold", "02_discretisation.html#"),
+]
+
+
+@pytest.mark.parametrize(("words", "wanted", "where"), SEARCHES)
+def test_search_shows_excerpts_and_leads_to_them_without_a_server(
+    site, contexts, words, wanted, where
+):
     page = contexts("light").new_page()
     page.goto(f"{(site / 'search.html').as_uri()}?q={words}")
     excerpts = page.locator("#search-results .context")
     excerpts.first.wait_for()
     page.wait_for_timeout(300)
     texts = excerpts.all_inner_texts()
-    assert any(wanted in text for text in texts)
+    assert sum(wanted in text.lower() for text in texts) > len(texts) / 3
     assert not any(re.search(r"\\[(a-zA-Z]", text) for text in texts)
     found = Axe().run(page, options=QUICK)
     assert not found.response["violations"], found.generate_report()
+    page.locator(f"#search-results a[href*='{where}']").first.click()
+    page.wait_for_selector("html[data-measured]", state="attached")
+    assert page.evaluate("scrollY") > 0
     page.close()
 
 
@@ -243,9 +270,23 @@ def test_solutions_open_and_are_named(site, contexts):
     page = open_page(contexts("light"), (site / "book/05_s4.html").as_uri())
     button = page.locator(".solution .toggle-button").first
     assert button.get_attribute("aria-label").startswith("Solution to")
-    assert button.get_attribute("aria-expanded") == "false"
+    for opened in ("true", "false"):
+        page.locator(".solution .admonition-title").first.click(position={"x": 90, "y": 16})
+        assert button.get_attribute("aria-expanded") == opened
     button.click()
     assert button.get_attribute("aria-expanded") == "true"
+    assert page.complaints == []
+    page.close()
+
+
+@pytest.mark.parametrize("mode", ["light", "phone"])
+@pytest.mark.parametrize(
+    "target", ["04_hippo.html#ex-condition", "02_discretisation.html#equation-eq-recurrence"]
+)
+def test_links_lead_to_what_they_name(site, contexts, mode, target):
+    page = open_page(contexts(mode), f"{(site / 'book').as_uri()}/{target}")
+    place = "document.getElementById(location.hash.slice(1)).getBoundingClientRect().top"
+    assert 0 <= page.evaluate(place) < 200
     page.close()
 
 

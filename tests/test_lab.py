@@ -1,5 +1,6 @@
 """The chapters in JupyterLab: what is changed for it is undone, and nothing in them is broken."""
 
+import asyncio
 import contextlib
 import copy
 import os
@@ -41,6 +42,17 @@ def test_what_is_shown_is_kept(path):
     shown = lab.shown(copy.deepcopy(notebook), path.stem)
     nbformat.validate(shown)
     assert lab.kept(shown) == notebook
+
+
+def test_sliders_are_there_before_anything_is_run(tmp_path):
+    manager = lab.BookContents(root_dir=str(ROOT), parent=None)
+    opened = asyncio.run(manager.get(f"book/{CHAPTER}.ipynb"))["content"]
+    assert all(cell.metadata.trusted for cell in opened.cells if cell.get("outputs"))
+    other = tmp_path / "other.ipynb"
+    other.write_text(Path(ROOT / f"book/{CHAPTER}.ipynb").read_text("utf-8"), "utf-8")
+    manager = lab.BookContents(root_dir=str(tmp_path), parent=None)
+    opened = asyncio.run(manager.get(other.name))["content"]
+    assert not any(cell.metadata.trusted for cell in opened.cells if cell.get("outputs"))
 
 
 @EACH_NOTEBOOK

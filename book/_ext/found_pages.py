@@ -4,7 +4,9 @@ A page opened as a file may not read other files, so the search page brings the 
 with it. Formulas stand there in characters, not in TeX.
 """
 
+import itertools
 import json
+import operator
 import re
 import unicodedata
 from html import escape
@@ -56,8 +58,11 @@ def sign(match: re.Match) -> str:
         return f"{name} "
 
 
-def page_text(doctree: nodes.document) -> list[str]:
-    """Return the paragraphs, titles, captions and listings of a page."""
+def page_text(doctree: nodes.document) -> list[tuple[str, str]]:
+    """Return the paragraphs, titles, captions and listings of a page, each with where it stands.
+
+    That is the name of the nearest section, figure, exercise or term that a link can lead to.
+    """
     doctree = doctree.deepcopy()
     for formula in list(doctree.findall(lambda n: isinstance(n, (nodes.math, nodes.math_block)))):
         formula.replace_self(nodes.inline("", characters(formula.astext())))
@@ -66,7 +71,19 @@ def page_text(doctree: nodes.document) -> list[str]:
     blocks = doctree.findall(
         lambda n: isinstance(n, nodes.TextElement) and not isinstance(n.parent, nodes.TextElement)
     )
-    return [text for block in blocks if (text := " ".join(block.astext().split()))]
+    return [(place(block), text) for block in blocks if (text := " ".join(block.astext().split()))]
+
+
+def place(node: nodes.Node) -> str:
+    """Return the name of what a node stands in, for a link; nothing for the top of the page."""
+    section = node.parent
+    if section is None or isinstance(section.parent, nodes.document):
+        return ""
+    if isinstance(section, nodes.definition_list_item):
+        return next(iter(section[0]["ids"]), place(section))
+    # what is in an exercise or a solution has the same name in all of them
+    own = [name for name in section["ids"] if name not in {"exercise-content", "solution-content"}]
+    return own[0] if own else place(section)
 
 
 def describe(app, pagename, templatename, context, doctree) -> None:
@@ -79,7 +96,7 @@ def describe(app, pagename, templatename, context, doctree) -> None:
     title = re.sub("<[^>]*>", "", context["title"])
     about = f"{title}, a page of the book {app.config.html_title}"
     if not any(doctree.findall(nodes.citation)):
-        about = next((text for text in page_text(doctree) if len(text) > 60), about)
+        about = next((text for _, text in page_text(doctree) if len(text) > 60), about)
     if len(about) > 200:
         about = about[:200].rpartition(" ")[0] + " …"
     values = {"type": "article", "title": title, "description": about,
@@ -93,12 +110,18 @@ def describe(app, pagename, templatename, context, doctree) -> None:
 
 
 def write_search_texts(app, exception) -> None:
-    """Write the text of all pages where the search page finds it."""
+    """Write the text of all pages, place by place, where the search page finds it."""
     if exception or app.builder.format != "html":
         return
     env = app.env
     pages = {name: env.get_and_resolve_doctree(name, app.builder) for name in env.found_docs}
-    texts = {name: " ".join(page_text(page)) for name, page in pages.items()}
+    texts = {
+        name: [
+            (where, " ".join(text for _, text in blocks))
+            for where, blocks in itertools.groupby(page_text(page), key=operator.itemgetter(0))
+        ]
+        for name, page in pages.items()
+    }
     script = f"window.searchTexts = {json.dumps(texts, ensure_ascii=False, sort_keys=True)};\n"
     (Path(app.outdir) / "_static" / "search_texts.js").write_text(script, "utf-8")
 

@@ -84,7 +84,7 @@ def words_of_site(pages: str, scripts: list[Path]) -> set[str]:
     text += re.findall(r"<script[^>]*>.*?</script>", pages, re.DOTALL)
     text += re.findall(r'\s(?:class|id)="([^"]*)"', pages)
     # the page that whole_book.py prints is made of the others
-    return SET_LATER.union(["whole-book"], re.findall(r"[\w-]+", " ".join(text)))
+    return SET_LATER.union(["whole-book", "section"], re.findall(r"[\w-]+", " ".join(text)))
 
 
 def used_rules(rules: list, words: set[str], variables: set[str]) -> str:

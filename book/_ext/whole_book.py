@@ -18,6 +18,7 @@ BROWSERS = (
     "chromium-browser",
     "google-chrome",
     "google-chrome-stable",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
 )
 FOOTER = '<p style="font: 8px sans-serif; margin: auto"><span class="pageNumber"></span></p>'
 MARGIN = {"top": "18mm", "bottom": "18mm", "left": "17mm", "right": "17mm"}

@@ -84,11 +84,23 @@
     for (const picture of all("img[loading=lazy]")) picture.loading = "eager";
     await window.MathJax?.startup?.promise;
     await document.fonts.ready;
+    await Promise.allSettled(all("img").map((picture) => picture.decode()));
     all(".bd-article span.math").forEach(markBreaks);
-    soon();
+    measure();
+    // formulas and pictures have moved what the address leads to; who has scrolled meanwhile stays
+    const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    if (!scrolled) target?.scrollIntoView({ behavior: "instant" });
   });
+  let scrolled = false;
+  for (const way of ["wheel", "touchmove", "keydown", "mousedown"]) {
+    addEventListener(way, () => { scrolled = true; }, { once: true, passive: true });
+  }
   addEventListener("resize", soon);
   document.addEventListener("toggle", soon, true);
+  // a solution that opens is wider, or narrower, once its button has turned
+  document.addEventListener("click", (event) => {
+    if (event.target.closest(".toggle .admonition-title")) setTimeout(soon, 350);
+  });
 
   // On paper everything is light, whatever the screen is.
   let theme = page.dataset.theme;
