@@ -285,6 +285,16 @@ def test_the_one_style_sheet_holds_what_was_written_last(site):
     assert not list((site / "_static").rglob("*fontawesome*"))
 
 
+def test_each_common_error_is_followed_by_a_cell_that_can_fail():
+    cells = nbformat.read(ROOT / "book/common_errors.ipynb", as_version=4).cells
+    errors = [i for i, cell in enumerate(cells) if "\n### " in f"\n{cell.source}"]
+    assert len(errors) >= 18
+    for i in errors:
+        assert cells[i].source.count("### ") == 1
+        assert cells[i + 1].cell_type == "code"
+        assert "assert" in cells[i + 1].source
+
+
 @pytest.mark.slow
 def test_texts_of_the_search_hold_no_tex(site):
     script = (site / "_static/search_texts.js").read_text("utf-8")

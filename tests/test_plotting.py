@@ -15,6 +15,7 @@ from matplotlib import font_manager
 from matplotlib.text import Text
 
 from mamba_tutorial import plotting
+from mamba_tutorial.plotting import grids
 from mamba_tutorial.plotting.style import legend_columns
 from mamba_tutorial.plotting.svg import svg
 from mamba_tutorial.plotting.ticks import even, spaced, written
@@ -167,6 +168,17 @@ def test_a_legend_is_as_wide_as_it_may_be():
     assert legend_columns(["a", "b", "c"]) == 3
     assert legend_columns(["a" * 30, "b" * 30, "c" * 30, "d"]) == 2
     assert legend_columns(["a" * 60, "b"]) == 1
+
+
+def test_letters_can_be_read_on_every_colour():
+    def luminance(color):
+        return np.dot((0.2126, 0.7152, 0.0722), np.where(
+            color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4))  # fmt: skip
+
+    for share in np.linspace(0, 1, 101):
+        color = np.array(grids.HEAT(share)[:3])
+        lights = luminance(color), float(grids._readable_on(color) == "white")
+        assert (max(lights) + 0.05) / (min(lights) + 0.05) > 4.5
 
 
 def test_a_stretched_axis_shows_the_results_themselves():

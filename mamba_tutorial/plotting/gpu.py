@@ -71,7 +71,7 @@ def register_tile() -> Figure:
         )
     ax.text(12 * 0.42 + 0.15, 1.6, "… 32", va="center")
     ax.text(2.4, 3.5, "a warp: one channel for each thread", ha="center")
-    ax.text(1.02, -0.32, "this one", ha="center", color=ORANGE)
+    ax.text(1.02, -0.32, "this one", ha="center")
     left, width, height = 7.0, 0.19, 0.4
     for t in range(tokens):
         for n in range(states):

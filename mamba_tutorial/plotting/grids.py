@@ -13,7 +13,6 @@ from mamba_tutorial.plotting.style import (
     BLUE,
     GREY,
     HEAT,
-    INK,
     SIGNED,
     WIDTH,
     subplots,
@@ -101,13 +100,20 @@ def text_heat(
         picture = ax.imshow(grid, aspect="auto", cmap=HEAT, norm=norm, interpolation="nearest")
         for i, letter in enumerate(text[: 4 * width]):
             row, column = divmod(i, width)
-            color = "white" if norm(grid[row, column]) > 0.75 else INK
+            color = _readable_on(picture.cmap(norm(grid[row, column])))
             ax.text(column, row, letter, color=color, ha="center", va="center_baseline")
         ax.set_title(name)
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
     _colour_bar(figure, picture, axes, label)
     return figure
+
+
+def _readable_on(color: tuple[float, ...]) -> str:
+    """Return white or black, whichever has more contrast on a colour: at least 4.5 (WCAG 2)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color[:3]]
+    luminance = np.dot((0.2126, 0.7152, 0.0722), linear)
+    return "white" if luminance < 0.179 else "black"
 
 
 def _colour_bar(figure: Figure, picture, axes: list[Axes], label: str):
