@@ -1,8 +1,9 @@
 """How long a selective scan must take on a GPU, counted before anything is written.
 
 A pair is one token of one channel. What a kernel needs for each pair is counted here; how much of
-it the chip can do in a clock is measured (`mamba_tutorial.benchmark.units`); the quotient is a time
-that no kernel of this formulation can beat.
+it the chip can do in a clock is known, and for special functions and shared memory measured
+(`mamba_tutorial.benchmark.units`); the quotient is a time that no kernel of this formulation can
+beat.
 """
 
 from dataclasses import dataclass
