@@ -57,8 +57,8 @@ def floors(gpu: GPU, batch: int, length: int, d_inner: int, d_state: int = 16) -
     return {
         "bytes": 1e3 * moved * pairs / gpu.bandwidth,
         "exponentials": exponentials * pairs / (gpu.special * chip),
-        "instructions": instructions * pairs / (32 * gpu.schedulers * chip),
-        "shared memory": forward_words(d_state, d_state) * pairs / (gpu.shared * chip),
+        "instructions": issued_ms(gpu, instructions, pairs),
+        "shared memory": shared_ms(gpu, forward_words(d_state, d_state), pairs),
     }
 
 

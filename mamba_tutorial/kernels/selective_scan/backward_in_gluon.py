@@ -3,8 +3,7 @@
 Four warps share 64 channels and a chunk of the length. A thread holds four states of two
 neighbouring channels: so B and C, which belong to states, are read once for two channels, and Δ and
 what comes with it, which belong to channels, once for four states. By the count, instructions and
-shared memory take most of the time, about as long each. (That is 16 states; for others see
-`config`.)
+shared memory each fill about half of the time. (That is 16 states; for others see `config`.)
 
 Going backwards needs the states, which the forward pass did not keep. So:
 
