@@ -193,14 +193,44 @@ def check_step(dt: float | Tensor, like: Tensor) -> Tensor:
     if dt.device != like.device:
         raise ValueError(f"dt is on device {dt.device}, expected {like.device}")
     check_finite("dt", dt)
-    check_least("dt", dt, dt > 0, "every step to be positive")
+    check_all("dt", dt, dt > 0, "every step to be positive")
     return dt
 
 
-def check_least(name: str, tensor: Tensor, right: Tensor, needed: str) -> None:
+def check_all(name: str, tensor: Tensor, right: Tensor, needed: str) -> None:
     """Raise ValueError unless `right`, a comparison with the tensor, holds everywhere."""
     if can_look_at(tensor) and not right.all():
-        raise ValueError(f"{name} has minimum {tensor.min().item():g}, expected {needed}")
+        raise ValueError(f"{name} holds {_first(tensor, ~right)}, expected {needed}")
+
+
+def _first(tensor: Tensor, which: Tensor) -> str:
+    where = tuple(which.nonzero()[0].tolist())
+    return f"{tensor[where].item():g}" + (f" at index {where}" if where else "")
+
+
+def check_alike(name: str, tensor: Tensor, other: Tensor, of: str = "x") -> None:
+    """Check that a tensor can be computed with another, which is named too.
+
+    Raises:
+        TypeError: it is no floating tensor, or one of the two is float64 and the other is not.
+        ValueError: it lies on another device.
+    """
+    check_is_tensor(name, tensor)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected a floating one")
+    if (tensor.dtype == torch.float64) != (other.dtype == torch.float64):
+        needed = "expected all of float64 or none"
+        raise TypeError(f"{name} has dtype {tensor.dtype} and {of} {other.dtype}, {needed}")
+    if tensor.device != other.device:
+        needed = f"expected {other.device}, that of {of}"
+        raise ValueError(f"{name} is on device {tensor.device}, {needed}")
+
+
+def check_row(starts: Tensor, tokens: Tensor, axes: int) -> None:
+    """Check where sequences begin in tokens, which have so many axes if they have a length."""
+    if tokens.ndim < axes:
+        raise ValueError("starts is given with one token of each sequence, expected None")
+    check_starts(starts, tokens)
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

@@ -108,6 +108,9 @@ class Cache(NamedTuple):
     length: Tensor
 
 
+torch.serialization.add_safe_globals([Cache])  # so that torch.load takes a saved state
+
+
 def rotary(
     x: Float[Tensor, "*batch length size"], places: Int[Tensor, " length"]
 ) -> Float[Tensor, "*batch length size"]:
@@ -140,7 +143,7 @@ def _turns(places: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
     For 100,000 places are 100,000 radians.
     """
-    i = torch.arange(size // 2, device=places.device)
+    i = precise(torch.arange(size // 2, device=places.device))
     angles = precise(places)[:, None] * 10000.0 ** (-2 * i / size)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -394,10 +397,10 @@ class Transformer(nn.Module):
         head = self.embedding if self.config.tie_embeddings else self.lm_head
         return F.linear(u, head.weight)
 
-    def _check_places(self, length: int) -> None:
+    def _check_places(self, length: int, name: str = "length") -> None:
         most = self.config.max_length
         if self.config.position == "absolute" and length > most:
-            raise ValueError(f"length is {length}, expected at most max_length = {most}")
+            raise ValueError(f"{name} is {length}, expected at most max_length = {most}")
 
     def _check_ids(self, ids: Tensor, axes: int) -> Tensor:
         return check_ids(ids, self.config.vocab_size, (axes,), self.embedding.weight.device)
@@ -414,6 +417,7 @@ class Transformer(nn.Module):
                 raise TypeError(f"state.{name} has dtype {tensor.dtype}, expected a floating one")
             check_shape(f"state.{name}", tensor, "layers batch heads room size", **sizes)
             sizes["room"] = tensor.shape[3]
+            self._check_places(tensor.shape[3], f"the room of state.{name}")
         check_is_tensor("state.length", state.length)
         if state.length.ndim or state.length.dtype != torch.long:
             given = f"state.length has shape {tuple(state.length.shape)}, {state.length.dtype}"

@@ -10,13 +10,18 @@ from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from mamba_tutorial._check import check_flag, check_is_tensor, check_shape, wide
+from mamba_tutorial._check import check_alike, check_flag, check_is_tensor, check_shape, wide
 from mamba_tutorial.scan import linear_scan
-from mamba_tutorial.selective import selective_scan, selective_step
+from mamba_tutorial.selective import (
+    check_step_size,
+    selective_scan,
+    selective_step,
+    skip_and_gate,
+    step_size,
+)
 
 Channels = Float[Tensor, "batch dim length"]
 
@@ -67,13 +72,7 @@ def selective_scan_fn(
         if tensor.is_complex():
             right = "expected a real one: complex systems are not among the kernels (see S4D)"
             raise TypeError(f"{name} has dtype {tensor.dtype}, {right}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} has dtype {tensor.dtype}, expected a floating one")
-        if (tensor.dtype == torch.float64) != (u.dtype == torch.float64):
-            right = f"u {u.dtype}, expected all of float64 or none"
-            raise TypeError(f"{name} has dtype {tensor.dtype} and {right}")
-        if tensor.device != u.device:
-            raise ValueError(f"{name} is on device {tensor.device}, expected {u.device}, that of u")
+        check_alike(name, tensor, u, "u")
     check_flag("delta_softplus", delta_softplus)
     check_flag("return_last_state", return_last_state)
     check_shape("u", u, "batch dim length")
@@ -85,6 +84,8 @@ def selective_scan_fn(
         axes = "batch dim length" if name in {"delta", "z"} else "dim"
         check_shape(name, given[name], axes, **{axis: sizes[axis] for axis in axes.split()})
     B, C = (_grouped(name, shared, sizes) for name, shared in (("B", B), ("C", C)))
+    if not delta_softplus:
+        check_step_size(delta.mT, delta_bias, ("delta", "delta_softplus"))
     x, dt, gate = (None if t is None else t.mT for t in (u, delta, z))
     run = _by_groups if B.ndim == C.ndim == 4 else _with_constants
     y, h = run(B, C, x, dt, A, D, gate, delta_bias, delta_softplus)
@@ -124,15 +125,11 @@ def _by_groups(B, C, x, dt, A, D, z, bias, softplus) -> tuple[Tensor, Tensor]:
 def _with_constants(B, C, x, dt, A, D, z, bias, softplus) -> tuple[Tensor, Tensor]:
     """The same where B or C is one vector for each channel: by `linear_scan`, with all states."""
     dtype = wide(x.dtype)
-    step = dt.to(dtype) if bias is None else dt.to(dtype) + bias
-    step = F.softplus(step) if softplus else step
+    step = step_size(dt, bias, softplus, dtype)
     B, C = (_for_channels(t, x.shape[-1]).to(dtype) for t in (B, C))
     a = torch.exp(step[..., None] * A.to(dtype))
-    h = linear_scan(a, (step * x)[..., None] * B)
-    y = (h * C).sum(-1)
-    y = y if D is None else y + D * x
-    y = y if z is None else y * F.silu(z.to(dtype))
-    return y.to(x.dtype), h[:, -1]
+    h = linear_scan(a, (step * x.to(dtype))[..., None] * B)
+    return skip_and_gate((h * C).sum(-1), x, D, z), h[:, -1]
 
 
 def _for_channels(shared: Tensor, dim: int) -> Tensor:

@@ -143,8 +143,9 @@ def exprel(z: Inexact[Tensor, "*shape"]) -> Inexact[Tensor, "*shape"]:
     """Return (eᶻ − 1) / z, elementwise, with the value 1 at z = 0.
 
     The relative exponential, as in `scipy.special.exprel`; here also complex, and with exact
-    derivatives. Near 0 both the quotient and its derivative cancel, so for |z| < ½ it is the
-    Taylor series Σ zʲ / (j + 1)!, whose 15 terms reach the last bit of float64.
+    derivatives. Where eᶻ overflows (z > 88 in float32) so does this, in scipy a little later; a
+    stable model has Re z ≤ 0. Near 0 both the quotient and its derivative cancel, so for |z| < ½ it
+    is the Taylor series Σ zʲ / (j + 1)!, whose 15 terms reach the last bit of float64.
 
     Raises:
         TypeError: z is no floating or complex tensor.

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from mamba_tutorial._check import (
     can_look_at,
+    check_all,
     check_is_tensor,
-    check_least,
     check_length,
     check_number,
     check_shape,
@@ -126,7 +126,12 @@ def sample(
     generator: torch.Generator | None = None,
     min_p: float | None = None,
 ) -> Int[Tensor, " batch"]:
-    """Draw a token for each row of logits; the arguments are those of `MambaLM.generate`."""
+    """Draw a token for each row of logits; the arguments are those of `MambaLM.generate`.
+
+    Raises:
+        TypeError, ValueError: logits are not (batch, vocab_size), hold NaN or ∞, or a row is −∞
+            everywhere (not looked at on a GPU); or another argument is out of its range.
+    """
     check_sampling(temperature, top_k, top_p, generator, min_p)
     check_is_tensor("logits", logits)
     if not logits.is_floating_point():
@@ -134,7 +139,9 @@ def sample(
     check_shape("logits", logits, "batch vocab_size")
     check_length(logits.shape[1], name="the number of tokens of logits")
     if not logits.is_cuda:  # on a GPU the look would wait for the model
-        check_least("logits", logits, logits < math.inf, "numbers, and no NaN")
+        check_all("logits", logits, logits < math.inf, "no infinity above, and no NaN")
+        largest = logits.amax(-1, keepdim=True) > -math.inf
+        check_all("logits", logits, largest, "one above −inf in each row")
     if temperature == 0:
         return logits.argmax(-1)
     # the largest is taken away first: it may be large, and the temperature very small
@@ -186,8 +193,10 @@ def end_tokens(
     return torch.tensor(found, device=device)
 
 
-def filled_up(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
+def filled_up(prompts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     """Return prompts of any lengths as rows of one length, filled up on their left; and the mask.
+
+    Where nothing had to be filled up there is none.
 
     Raises:
         TypeError: one is no tensor of whole numbers.
@@ -206,6 +215,8 @@ def filled_up(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
             needed = f"expected {prompts[0].device}, that of ids[0]"
             raise ValueError(f"ids[{k}] is on device {prompt.device}, {needed}")
     longest = max(map(len, prompts))
+    if min(map(len, prompts)) == longest:
+        return torch.stack(prompts).long(), None
     rows = [nn.functional.pad(prompt.long(), (longest - len(prompt), 0)) for prompt in prompts]
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=prompts[0].device)
     places = torch.arange(longest, device=lengths.device)

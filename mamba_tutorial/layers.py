@@ -2,15 +2,15 @@
 
 `S4` and `S4D` in `mamba_tutorial.s4` are built so, and `SelectiveLayer` is; `LSTMLayer` has what an
 LSTM needs instead, which is less; so has `GRULayer`. `SignedLayer` has decays that may be negative.
-`BilinearS4D` and `HeldS4` are S4D and S4 with
-the other one's rule of discretisation. `network` stacks layers between an embedding and a decoder.
+`BilinearS4D` and `HeldS4` are S4D and S4 with the other one's rule of discretisation. `network`
+stacks layers between an embedding and a decoder.
 """
 
 from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
 from mamba_tutorial.discretize import bilinear, zoh
@@ -108,31 +108,50 @@ class SignedLayer(nn.Module):
 
 
 class BilinearS4D(S4D):
-    """S4D by the bilinear rule instead of the zero-order hold, for whole sequences."""
+    """S4D by the bilinear rule instead of the zero-order hold."""
+
+    def discrete(self) -> tuple[Complex[Tensor, "d_model half"], Complex[Tensor, "d_model half"]]:
+        """Return Ā and B̄ of all channels."""
+        A = torch.complex(-self.log_A_real.exp(), self.A_imag)
+        return bilinear(A, torch.ones_like(A), self.dt, diagonal=True)
 
     def kernel(self, length: int) -> Float[Tensor, "d_model length"]:
         """Return the convolution kernel of each channel."""
-        A = torch.complex(-self.log_A_real.exp(), self.A_imag)
-        A_bar, B_bar = bilinear(A, torch.ones_like(A), self.dt, diagonal=True)
-        return diagonal_kernel(A_bar, torch.view_as_complex(self.C) * B_bar, length)
+        A_bar, B_bar, C = self.recurrence()
+        return diagonal_kernel(A_bar, C * B_bar, length)
 
 
 class HeldS4(S4):
-    """S4 by the zero-order hold instead of the bilinear rule, for whole sequences.
+    """S4 by the zero-order hold instead of the bilinear rule.
 
     The rule needs the exponential of a dense matrix for each channel, and the kernel its powers.
     """
 
+    def discrete(self) -> tuple[Complex[Tensor, "d_model n n"], Complex[Tensor, "d_model n 1"]]:
+        """Return the dense Ā and B̄ of all channels."""
+        Lambda, P, B, _ = self.modes()
+        A = torch.diag_embed(Lambda) - P[..., None] * P.conj()[..., None, :]
+        return zoh(A, B[..., None], self.dt)
+
+    def recurrence(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return Ā, (d_model, n, n), B̄ and C, (d_model, n) each."""
+        A_bar, B_bar = self.discrete()
+        return A_bar, B_bar[..., 0], self.modes()[-1]
+
     def kernel(self, length: int) -> Float[Tensor, "d_model length"]:
         """Return the convolution kernel of each channel."""
-        Lambda, P, B, C = self.modes()
-        A = torch.diag_embed(Lambda) - P[..., None] * P.conj()[..., None, :]
-        A_bar, h = zoh(A, B[..., None], self.dt)
+        A_bar, h, C = self.recurrence()
         taps = []
         for _ in range(length):
-            taps.append((C[..., None, :] @ h)[..., 0, 0].real)
-            h = A_bar @ h
+            taps.append((C * h).sum(-1).real)
+            h = (A_bar @ h[..., None])[..., 0]
         return torch.stack(taps, dim=-1)
+
+    def _advance(
+        self, z: Tensor, state: Tensor, A_bar: Tensor, B_bar: Tensor, C: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        state = (A_bar @ state[..., None])[..., 0] + B_bar * z[..., None]
+        return state, (C * state).sum(-1).real
 
 
 def network(

@@ -4,7 +4,8 @@
     model      embedding, then n_layer times u ← u + block(rmsnorm(u)), then rmsnorm and the head
 
 From the Mamba paper (Gu and Dao 2023), Section 3.4, and `Mamba`, `Block` and `MambaLMHeadModel` of
-mamba_ssm. The names of the parameters follow the released code.
+mamba_ssm. The names of the parameters follow the released code, but for those in
+`checkpoints.RENAMES`.
 
 A sequence can be read in three ways, with the same result: whole (`forward`), in pieces (`prefill`,
 which takes a state and returns one), and token by token (`step`).
@@ -25,18 +26,18 @@ from torch import Tensor, nn
 from mamba_tutorial import checkpoints
 from mamba_tutorial._check import (
     HAS_TRITON,
+    check_alike,
     check_choice,
     check_flag,
     check_ids,
     check_ids_axes,
     check_input,
-    check_is_tensor,
     check_length,
     check_memory,
     check_number,
     check_room,
+    check_row,
     check_shape,
-    check_starts,
     wide,
 )
 from mamba_tutorial.generation import (
@@ -169,13 +170,20 @@ class CausalConv1d(nn.Conv1d):
     def forward(
         self, x: Tensor, before: Tensor | None = None, starts: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Return y; and, if some were given, the last width − 1 tokens, for the next call.
+        """Return y and the last width − 1 tokens, for the next call.
+
+        Those are None after whole sequences that none were given before.
 
         Args:
             x: (batch, length, channels), or (batch, channels) for one token.
             before: (batch, width − 1, channels), the tokens before; zeros by default.
             starts: (batch, length), true where a new sequence begins, which sees none before it.
+
+        Raises:
+            TypeError, ValueError: starts does not fit x, or is given with one token.
         """
+        if starts is not None:
+            check_row(starts, x, 3)
         width, first = self.kernel_size[0] - 1, before is None
         before = x.new_zeros(x.shape[0], width, x.shape[-1]) if first else before.to(x.dtype)
         given = x, before, self.weight.squeeze(1), self.bias
@@ -226,7 +234,11 @@ class MambaBlock(nn.Module):
             nn.init.zeros_(self.out_proj.bias)
 
     def initial_state(self, batch: int) -> BlockState:
-        """Return the state before the first token: zeros."""
+        """Return the state before the first token: zeros.
+
+        Raises:
+            TypeError, ValueError: batch is no whole number, negative, or more than there is room.
+        """
         batch = check_length(batch, name="batch", least=0)
         A_log, weight = self.ssm.A_log, self.conv1d.weight
         conv, h = self._state_shapes(batch)
@@ -262,7 +274,7 @@ class MambaBlock(nn.Module):
         if state is not None:
             conv, h = self._checked(state, x)
         if starts is not None:
-            _check_row(starts, x, 3)
+            check_row(starts, x, 3)
         row = () if starts is None else (starts,)
         inner, z = self.in_proj(x).chunk(2, dim=-1)
         mixed, conv = self.conv1d(inner, conv, *row)
@@ -276,13 +288,21 @@ class MambaBlock(nn.Module):
         state: BlockState,
         starts: Bool[Tensor, "batch length"] | None = None,
     ) -> tuple[Sequence, BlockState]:
-        """Read a piece of the sequences; return its outputs and the state after it."""
+        """Read a piece of the sequences; return its outputs and the state after it.
+
+        Raises:
+            TypeError, ValueError: as `forward`.
+        """
         check_input("x", x, self.in_proj)
         self._check_shape(x, SEQUENCE)
         return self(x, self._checked(state, x), starts)
 
     def step(self, x: Token, state: BlockState) -> tuple[Token, BlockState]:
-        """Read one token of each sequence; return its output and the state after it."""
+        """Read one token of each sequence; return its output and the state after it.
+
+        Raises:
+            TypeError, ValueError: as `forward`.
+        """
         check_input("x", x, self.in_proj)
         self._check_shape(x, "batch d_model")
         return self(x, self._checked(state, x))
@@ -304,18 +324,10 @@ class MambaBlock(nn.Module):
         for name, part, shape in zip(
             BlockState._fields, state, self._state_shapes(x.shape[0]), strict=True
         ):
-            check_is_tensor(f"state.{name}", part)
-            if not part.is_floating_point():
-                raise TypeError(f"state.{name} has dtype {part.dtype}, expected a floating one")
-            if (part.dtype == torch.float64) != (x.dtype == torch.float64):
-                given = f"state.{name} has dtype {part.dtype} and x {x.dtype}"
-                raise TypeError(f"{given}, expected both of float64 or none")
+            check_alike(f"state.{name}", part, x)
             if part.shape != shape:
                 given = tuple(part.shape)
                 raise ValueError(f"state.{name} has shape {given}, expected {tuple(shape)}")
-            if part.device != x.device:
-                needed = f"expected {x.device}, that of x"
-                raise ValueError(f"state.{name} is on device {part.device}, {needed}")
         return BlockState(*state)
 
 
@@ -353,12 +365,6 @@ def _since_start(starts: Tensor) -> Tensor:
     """Return how many tokens ago the sequence of each token began; very many if before this row."""
     t = torch.arange(starts.shape[1], device=starts.device)
     return t - torch.where(starts, t, -(2**40)).cummax(1).values
-
-
-def _check_row(starts: Tensor, tokens: Tensor, axes: int) -> None:
-    if tokens.ndim < axes:
-        raise ValueError("starts is given with one token of each sequence, expected None")
-    check_starts(starts, tokens)
 
 
 def _weighed(tokens: Iterable[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -528,7 +534,7 @@ class MambaLM(nn.Module):
         if state is not None:
             _check_state(state, self.config.n_layer)
         if starts is not None:
-            _check_row(starts, ids, 2)
+            check_row(starts, ids, 2)
         u, state = self._run(ids, state, starts)
         logits = self._logits(u[:, -1] if last and ids.ndim == 2 else u)
         return logits if state is None else (logits, state)
@@ -597,7 +603,11 @@ class MambaLM(nn.Module):
         """Yield the next tokens of each sequence, one after the other, as they are drawn.
 
         The arguments are those of `generate`. A sequence that has ended goes on with eos; when all
-        have ended, so does the stream.
+        have ended, so does the stream. Nothing is computed, nor checked, before the first token is
+        asked for.
+
+        Raises:
+            TypeError, ValueError: as `generate`, at the first token.
         """
         max_new_tokens = check_length(max_new_tokens, name="max_new_tokens")
         check_sampling(temperature, top_k, top_p, generator, min_p)
@@ -654,7 +664,7 @@ class MambaLM(nn.Module):
             top_p: draw from the fewest most probable tokens that hold this probability together.
             eos: the token that ends a sequence, or several such; what follows is the first of them.
             generator: the source of randomness, on the device of ids; PyTorch's own by default.
-            state: what was read before the prompts, as `prefill` returns it.
+            state: what was read before the prompts, as `prefill` returns it; they have one length.
             min_p: draw from the tokens only that are at least min_p times as probable as the most
                 probable one (Nguyen et al. 2024).
             repetition_penalty: logits of tokens that the prompt or the new tokens hold already are
@@ -678,6 +688,9 @@ class MambaLM(nn.Module):
             if mask is not None:
                 raise ValueError("mask is given with a list of ids, expected None")
             prompts, (ids, mask) = ids, filled_up(ids)
+            if mask is not None and state is not None:
+                lengths = [len(prompt) for prompt in prompts]
+                raise ValueError(f"ids have lengths {lengths} after a state, expected one length")
         check_ids_axes(ids, (2,))
         check_memory("max_new_tokens", max_new_tokens, max_new_tokens * len(ids))
         sampling = temperature, top_k, top_p, eos, generator, state, min_p, repetition_penalty

@@ -133,10 +133,23 @@ class Operator:
             )
             for i in range(info.batch_size)
         ]
+        if not calls:
+            return self._like_none(axes, inputs)
         if isinstance(calls[0], Tensor):
             return torch.stack(calls), 0
         results = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
         return results, (0,) * len(results)
+
+    def _like_none(self, axes: tuple, inputs: tuple) -> tuple[Outputs, int | tuple[int, ...]]:
+        """What no call at all returns: as one call's, with an axis of size 0 before."""
+        one = [
+            v if axis is None else v.new_empty(v.movedim(axis, 0).shape[1:])
+            for v, axis in zip(inputs, axes, strict=True)
+        ]
+        like = self.like(*one)
+        if isinstance(like, Tensor):
+            return like.new_empty(0, *like.shape), 0
+        return tuple(part.new_empty(0, *part.shape) for part in like), (0,) * len(like)
 
 
 def register(

@@ -320,7 +320,8 @@ def _truncate_dplr_gradients(
             dpower = dpower @ turned
         root = _adjoint(stages.pop())
         dpower = dpower @ root + root @ dpower
-    inverse = (turned + torch.eye(A_bar.shape[-1]).to(turned)) / 2
+    identity = torch.eye(turned.shape[-1], dtype=turned.dtype, device=turned.device)
+    inverse = (turned + identity) / 2
     dM = 2 * inverse @ (dA_bar + dpower) @ inverse
     diagonal, half = dM.diagonal(dim1=-2, dim2=-1), precise(dt)[..., None] / 2
     dP = -half * ((dM + _adjoint(dM)) @ column).squeeze(-1)
@@ -609,7 +610,8 @@ class _Layer(nn.Module):
         """Read one token by recurrence; return its output and the new state.
 
         The matrices of the recurrence are made at the first step from a state and kept for the
-        states that follow from it, while the parameters are what they were.
+        states that follow from it, while the parameters are what they were. Where the parameters
+        learn, every step makes them anew: a gradient goes through them.
 
         Raises:
             TypeError: x is no floating tensor, or the state no complex one.
@@ -625,15 +627,25 @@ class _Layer(nn.Module):
             raise ValueError(f"state is on device {state.device}, expected {x.device}, that of x")
         z = self.norm(x)
         own = [p for name, p in self.named_parameters(recurse=False) if name != "D"]
-        origin = self, torch.is_grad_enabled(), [(p.dtype, p.requires_grad) for p in own]
-        known, values, recurrence = _RECURRENCES.get(state, (None, own, None))
-        # by their numbers, for not everything that writes to a parameter can be noticed otherwise
-        same = known == origin and can_look_at(x) and all(map(torch.equal, own, values))
-        if not same:
-            values, recurrence = [p.detach().clone() for p in own], self.recurrence()
-        state, y = self._advance(_wide(z), state, *recurrence)
-        _RECURRENCES[state] = origin, values, recurrence
+        learning = torch.is_grad_enabled() and any(p.requires_grad for p in own)
+        if learning or not can_look_at(x):
+            state, y = self._advance(_wide(z), state, *self.recurrence())
+        else:
+            values, recurrence = self._kept_recurrence(own, state)
+            state, y = self._advance(_wide(z), state, *recurrence)
+            _RECURRENCES[state] = self, values, recurrence
         return self._mixed(x, y.to(z.dtype) + self.D * z), state
+
+    def _kept_recurrence(self, own: list[Tensor], state: Tensor) -> tuple[list[Tensor], tuple]:
+        """Return the matrices that led to the state, or new ones; and the parameters' numbers.
+
+        By their numbers, for not everything that writes to a parameter can be noticed otherwise.
+        """
+        layer, values, recurrence = _RECURRENCES.get(state, (None, [], ()))
+        same = layer is self and all(p.dtype == v.dtype for p, v in zip(own, values, strict=True))
+        if same and all(map(torch.equal, own, values)):
+            return values, recurrence
+        return [p.detach().clone() for p in own], self.recurrence()
 
     def _check_input(self, x: Tensor, axes: str) -> None:
         check_input("x", x, self.norm)

@@ -250,9 +250,11 @@ def _run_states(a: Tensor, b: Tensor, h0: Tensor, reverse: bool, method: Method)
     if reverse:
         return _run_states(a.flip(1), b.flip(1), h0, False, method).flip(1)
     h = _states(a, b, h0, _choose(a) if method == "auto" else method)
-    if method != "sequential" and not h[:, -1].isfinite().all():
-        # A product of decays may overflow where no state does, and ∞ · 0 is not a number, nor is
-        # what follows from it, to the last state. The loop makes no such products.
+    # A product of decays may overflow where no state does, and ∞ · 0 is not a number. What follows
+    # from it is none either, to the last state; but Hillis and Steele's states do not follow from
+    # each other. The loop makes no such products.
+    seen = h if method == "hillis_steele" else h[:, -1]
+    if method != "sequential" and not seen.isfinite().all():
         return _states(a, b, h0, "sequential")
     return h
 

@@ -27,16 +27,18 @@ from torch import Tensor, nn
 
 from mamba_tutorial._check import (
     HAS_TRITON,
+    check_alike,
+    check_all,
     check_choice,
     check_dtypes,
     check_flag,
     check_input,
     check_is_tensor,
-    check_least,
     check_length,
     check_number,
     check_range,
     check_room,
+    check_row,
     check_shape,
     check_starts,
     check_triton,
@@ -146,7 +148,7 @@ def selective_step(
     h = _check_state("h", h, x, (sizes["batch"], *A.shape))
     exact = discretization == "zoh"
     if not dt_softplus:
-        _check_step_size(dt, dt_bias)
+        check_step_size(dt, dt_bias)
     with without_autocast(x):
         if _choose(x) == "triton" and dt_softplus and not exact:
             return _STEP(h, x, dt, A, B, C, D, z, dt_bias)
@@ -252,7 +254,11 @@ class SelectiveSSM(nn.Module):
         Float[Tensor, "*batch d_state"],
         Float[Tensor, "*batch d_state"],
     ]:
-        """Return Δ before bias and softplus, B and C of every token."""
+        """Return Δ before bias and softplus, B and C of every token.
+
+        Raises:
+            TypeError, ValueError: x is no floating tensor, or not (…, d_inner).
+        """
         check_input("x", x, getattr(self, "x_proj", self))
         check_shape("x", x, "... d_inner", d_inner=len(self.D))
         projected = self.x_proj(x).split(list(self.sizes.values()), -1) if self.sizes else ()
@@ -266,7 +272,7 @@ class SelectiveSSM(nn.Module):
 
     def step_size(self, x: Float[Tensor, "*batch d_inner"]) -> Float[Tensor, "*batch d_inner"]:
         """Return the step Δ that each token is given, in float32 at least."""
-        return _step_size(self.select(x)[0], self.dt_bias, True, wide(x.dtype))
+        return step_size(self.select(x)[0], self.dt_bias, True, wide(x.dtype))
 
     def forward(
         self,
@@ -284,8 +290,10 @@ class SelectiveSSM(nn.Module):
             starts: (batch, length), true where a new sequence begins.
 
         Raises:
-            TypeError, ValueError: as `selective_scan`.
+            TypeError, ValueError: as `selective_scan`; or starts is given with one token.
         """
+        if starts is not None:
+            check_row(starts, x, 3)
         dt, B, C = self.select(x)
         given = x, dt, self.A, B, C, self.D, z, self.dt_bias, True
         if h is not None:
@@ -302,8 +310,14 @@ class SelectiveSSM(nn.Module):
         h: State,
         z: Float[Tensor, "batch d_inner"] | None = None,
     ) -> tuple[Float[Tensor, "batch d_inner"], State]:
-        """Read one token; return its output and the new state."""
+        """Read one token; return its output and the new state.
+
+        Raises:
+            TypeError, ValueError: as `selective_step`.
+        """
+        check_is_tensor("x", x)
         check_is_tensor("h", h)
+        check_shape("x", x, "batch d_inner", d_inner=len(self.D))
         return self(x, z, h)
 
 
@@ -317,7 +331,7 @@ def inverse_softplus(y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     check_dtypes(y=y)
     if y.is_complex():
         raise TypeError(f"y has dtype {y.dtype}, expected a real one")
-    check_least("y", y, y > 0, "positive numbers")
+    check_all("y", y, y > 0, "positive numbers")
     return y + torch.log(-torch.expm1(-y))
 
 
@@ -346,7 +360,7 @@ def check_scan(
     backend = _choose(x) if backend == "auto" else backend
     _check_backend(backend, x)
     if not dt_softplus:
-        _check_step_size(dt, dt_bias)
+        check_step_size(dt, dt_bias)
     given = x, dt, A, B, C, D, z, dt_bias, h0, starts
     return *given, dt_softplus, discretization == "zoh", _learning(given), backend
 
@@ -364,11 +378,11 @@ def run_scan(operator: Callable, inputs: tuple) -> tuple[Tensor, Tensor | None]:
         dtype = wide(x.dtype)
         if h0 is None:
             h0 = x.new_zeros(x.shape[0], *A.shape, dtype=dtype)
-        step = _step_size(dt, dt_bias, softplus, dtype)
+        step = step_size(dt, dt_bias, softplus, dtype)
         tokens = [tensor.to(dtype) for tensor in (x, step, A, B, C)]
         rest = h0, begins, False, exact, _learning([*tokens, h0]), backend
         y, h_last = operator(*tokens, None, None, None, *rest)
-        return _skip_and_gate(y, x, D, z), h_last
+        return skip_and_gate(y, x, D, z), h_last
 
 
 def scan(*inputs) -> tuple[Tensor, Tensor]:
@@ -402,11 +416,11 @@ def _definition(
 ) -> tuple[Tensor, Tensor]:
     """What the operator computes, without a kernel: all states at once."""
     dtype = wide(x.dtype)
-    step = _step_size(dt, dt_bias, softplus, dtype)
+    step = step_size(dt, dt_bias, softplus, dtype)
     a, b = _discrete(x.to(dtype), step, A.to(dtype), B.to(dtype), exact, begins)
     states = linear_scan(a, b, h0)
     y = (states * C.to(dtype)[:, :, None]).sum(-1)
-    return _skip_and_gate(y, x, D, z), states[:, -1]
+    return skip_and_gate(y, x, D, z), states[:, -1]
 
 
 def _run_scan(
@@ -554,7 +568,7 @@ def _run_end(u, dt, A, V, z, dt_bias, softplus, exact, reverse, backend) -> tupl
 
 def _end(u, dt, A, V, z, dt_bias, softplus, exact, reverse, backend) -> tuple[Tensor, Tensor]:
     dtype = wide(u.dtype)
-    step = _step_size(dt, dt_bias, softplus, dtype)
+    step = step_size(dt, dt_bias, softplus, dtype)
     u, A, V = (tensor.to(dtype) for tensor in (u, A, V))
     if z is not None:
         u = u * F.silu(z.to(dtype))
@@ -583,13 +597,13 @@ END = register(
 def _run_step(h, x, dt, A, B, C, D, z, dt_bias) -> tuple[Tensor, Tensor]:
     from mamba_tutorial.kernels.decode import selective_step
 
-    return selective_step(h, x, dt, A, B, C, D, z, dt_bias, True)
+    return selective_step(h, x, dt, A, B, C, D, z, dt_bias)
 
 
 def _step(h, x, dt, A, B, C, D, z, dt_bias, softplus=True, exact=False) -> tuple[Tensor, Tensor]:
-    step = _step_size(dt, dt_bias, softplus, h.dtype)
+    step = step_size(dt, dt_bias, softplus, h.dtype)
     y, h = _advance(h, *(tensor.to(h.dtype) for tensor in (x, step, A, B, C)), exact)
-    return _skip_and_gate(y, x, D, z), h
+    return skip_and_gate(y, x, D, z), h
 
 
 _STEP = register(
@@ -731,18 +745,22 @@ def _discrete(
     return a, exprel(z) * b if exact else b
 
 
-def _step_size(dt: Tensor, bias: Tensor | None, softplus: bool, dtype: torch.dtype) -> Tensor:
+def step_size(dt: Tensor, bias: Tensor | None, softplus: bool, dtype: torch.dtype) -> Tensor:
+    """Return Δ in a dtype, after bias and softplus."""
     dt = dt.to(dtype) if bias is None else dt.to(dtype) + bias.to(dtype)
     return F.softplus(dt) if softplus else dt
 
 
-def _check_step_size(dt: Tensor, bias: Tensor | None) -> None:
-    """Check a step that is given as it is, without softplus."""
-    dt = _step_size(dt, bias, False, wide(dt.dtype))
-    check_least("dt", dt, ~(dt < 0), "Δ ≥ 0, or dt_softplus=True")
+def check_step_size(
+    dt: Tensor, bias: Tensor | None, names: tuple[str, str] = ("dt", "dt_softplus")
+) -> None:
+    """Check a step that is given as it is, without softplus; the names are the caller's."""
+    dt = step_size(dt, bias, False, wide(dt.dtype))
+    check_all(names[0], dt, ~(dt < 0), f"Δ ≥ 0, or {names[1]}=True")
 
 
-def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+def skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """Return (y + D x) · silu(z), computed in the dtype of y, in that of x."""
     if D is not None:
         y = y + D.to(y.dtype) * x.to(y.dtype)
     if z is not None:
@@ -755,7 +773,7 @@ def _check_tokens(leading: str, **given: Tensor | None) -> dict[str, int]:
     optional = {"D", "z", "dt_bias"}
     tensors = {n: t for n, t in given.items() if not (t is None and n in optional)}
     for name, tensor in tensors.items():
-        _check_kind(name, tensor, given["x"])
+        check_alike(name, tensor, given["x"])
     x, A = given["x"], given["A"]
     axes = leading.split()
     if x.ndim != len(axes) + 1:
@@ -763,6 +781,8 @@ def _check_tokens(leading: str, **given: Tensor | None) -> dict[str, int]:
         raise ValueError(f"x has shape {tuple(x.shape)}, {needed}")
     sizes = dict(zip([*axes, "d_inner"], x.shape, strict=True))
     check_shape("A", A, "d_inner d_state", d_inner=sizes["d_inner"])
+    if A.shape[1] == 0:
+        raise ValueError(f"A has shape {tuple(A.shape)}, expected a d_state of at least 1")
     sizes["d_state"] = A.shape[1]
     channels, states = f"{leading} d_inner", f"{leading} d_state"
     wanted = {"dt": channels, "z": channels, "B": states, "C": states, "A": "d_inner d_state"}
@@ -776,19 +796,8 @@ def _check_tokens(leading: str, **given: Tensor | None) -> dict[str, int]:
 
 
 def _check_state(name: str, h: Tensor, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    _check_kind(name, h, x)
+    check_alike(name, h, x)
     if h.shape != shape:
         needed = f"expected (batch, d_inner, d_state) = {shape}"
         raise ValueError(f"{name} has shape {tuple(h.shape)}, {needed}")
     return h.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-
-
-def _check_kind(name: str, tensor: Tensor, x: Tensor) -> None:
-    check_is_tensor(name, tensor)
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} has dtype {tensor.dtype}, expected a floating one")
-    if (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
-        needed = "expected all of float64 or none"
-        raise TypeError(f"{name} has dtype {tensor.dtype} and x {x.dtype}, {needed}")
-    if tensor.device != x.device:
-        raise ValueError(f"{name} is on device {tensor.device}, expected {x.device}, that of x")

@@ -17,8 +17,8 @@ from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from mamba_tutorial._check import (
+    check_all,
     check_choice,
-    check_least,
     check_length,
     check_memory,
     check_shape,
@@ -215,7 +215,7 @@ class StateSpace:
             ValueError: t is NaN, infinite or negative, or lies on another device.
         """
         check_tensors(A=self.A.real, t=t)
-        check_least("t", t, t >= 0, "no negative time")
+        check_all("t", t, t >= 0, "no negative time")
         return self.C @ matrix_exp_and_exprel(t[..., None, None] * self.A)[0] @ self.B
 
     def _step_integrals(self, dt: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -511,7 +511,7 @@ HUGE = "is 1000000000000, expected less: it takes"
             for dt, error, message in (
                 ("0.1", TypeError, "dt is a str, expected a positive number or tensor"),
                 (torch.tensor(1), TypeError, "dt has dtype torch.int64, expected torch.float32"),
-                (-1.0, ValueError, "dt has minimum -1, expected every step to be positive"),
+                (-1.0, ValueError, "dt holds -1, expected every step to be positive"),
                 (torch.ones(3), ValueError, r"channels do not broadcast together: dt \(3,\)"),
             )
         ),

@@ -61,7 +61,7 @@ def turned(x, place):
     """By complex numbers: each pair is multiplied by exp(iφ)."""
     first, second = x.chunk(2, dim=-1)
     size = x.shape[-1]
-    rates = torch.tensor([10000 ** (-2 * i / size) for i in range(size // 2)]).double()
+    rates = torch.tensor([10000 ** (-2 * i / size) for i in range(size // 2)], dtype=torch.float64)
     z = torch.complex(first, second) * torch.exp(1j * place * rates)
     return torch.cat([z.real, z.imag], -1)
 
@@ -196,6 +196,23 @@ def test_bad_sizes(arguments, error, message):
         TransformerConfig(16, 2, 11, **arguments)
 
 
+def test_far_places_are_turned_to_the_last_digits():
+    x, place = torch.ones(1, 1, 128, dtype=torch.float64), 100_000
+    found = rotary(x, torch.tensor([place]))[0, 0]
+    angles = [place * 10000.0 ** (-2 * i / 128) for i in range(64)]
+    right = [math.cos(angle) - math.sin(angle) for angle in angles]
+    torch.testing.assert_close(
+        found[:64], torch.tensor(right, dtype=torch.float64), rtol=0, atol=1e-10
+    )
+
+
+def test_a_saved_cache_is_loaded(tmp_path):
+    state = model("rope").prefill(ids(1, 3), model("rope").initial_state(1, 5))[1]
+    torch.save(state, tmp_path / "state.pt")
+    for found, right in zip(torch.load(tmp_path / "state.pt"), state, strict=True):
+        assert torch.equal(found, right)
+
+
 @pytest.mark.usefixtures("as_a_user")
 def test_bad_input():
     made = model("absolute")
@@ -206,6 +223,9 @@ def test_bad_input():
         "with at least one token": lambda: made(torch.ones(1, 0, dtype=torch.long)),
         "with state.length = 0, expected at most 2, the room": lambda: made.prefill(
             ids(1, 3), made.initial_state(1, 2)
+        ),
+        "the room of state.keys is 40, expected at most max_length = 32": lambda: made.prefill(
+            ids(1, 3), model("rope").initial_state(1, 40)
         ),
         "state is a NoneType, expected a Cache": lambda: made.step(ids()[:, 0], None),
         "state.keys has shape": lambda: made.step(ids()[:, 0], made.initial_state(1, 2)),

@@ -179,6 +179,20 @@ def test_the_official_complex_case_is_refused_by_name(name):
         selective_scan_fn(**given, delta_softplus=True)
 
 
+def test_constants_are_rounded_once():
+    given = problem("constant", "constant", torch.bfloat16)
+    y = selective_scan_fn(**given, delta_softplus=True)
+    exact = definition(**{name: tensor.double() for name, tensor in given.items()})[0]
+    assert (y == exact.bfloat16()).double().mean() > 0.98
+
+
+@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.parametrize("form", ["shared", "constant"])
+def test_negative_steps_are_refused_by_their_name(form):
+    with pytest.raises(ValueError, match=r"delta holds -.*, expected .* delta_softplus=True"):
+        selective_scan_fn(**problem(form, form))
+
+
 def test_the_output_alone():
     given = problem()
     y = selective_scan_fn(**given, delta_softplus=True)

@@ -380,7 +380,7 @@ DIFFERENT = {
         lambda: (
             tokens(3) | {"dt_softplus": False, "dt_bias": None, "dt": -torch.ones(2, 3, 3).double()}
         ),
-        "dt has minimum -1",
+        "dt holds -1",
     ),
     "no token": (lambda: tokens(0), "expected a length of at least 1"),
     "backend": (lambda: tokens(3) | {"backend": "fast"}, "backend is 'fast'"),

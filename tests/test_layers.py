@@ -54,6 +54,17 @@ def test_a_network_maps_tokens_to_logits_and_looks_at_the_past_alone(name):
     assert not torch.allclose(model(changed)[:, 7:], logits[:, 7:])
 
 
+@pytest.mark.parametrize("kind", [BilinearS4D, HeldS4])
+def test_steps_go_by_the_rule_of_the_kernel(kind):
+    torch.manual_seed(0)
+    layer, x = kind(3, 4).double(), torch.randn(2, 6, 3, dtype=torch.float64)
+    state, outputs = layer.initial_state(2), []
+    for token in x.unbind(1):
+        y, state = layer.step(token, state)
+        outputs.append(y)
+    torch.testing.assert_close(torch.stack(outputs, 1), layer(x), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(("kind", "rule"), [(BilinearS4D, bilinear), (HeldS4, zoh)])
 def test_the_other_rule_is_the_rule_of_a_dense_system(kind, rule):
     torch.manual_seed(0)

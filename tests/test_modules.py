@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mamba_tutorial import S4, S4D, MambaConfig, MambaLM
 
@@ -198,7 +199,11 @@ def test_the_matrices_of_a_recurrence_are_made_once(kind, monkeypatch):
         assert len(made) == 1
         read_on(layer, x, layer.initial_state(2))
         assert len(made) == 2
-    read_on(layer, x, state)  # with gradients
+    layer.requires_grad_(False)
+    read_on(layer, x, state)
+    assert len(made) == 2
+    layer.requires_grad_(True)
+    read_on(layer, x[:, :1], state)  # with gradients, which go through them
     assert len(made) == 3
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     layer(x).square().mean().backward()
@@ -251,6 +256,67 @@ def test_a_step_goes_by_the_parameters_as_they_are(kind, change):
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     if change is thawed:
         assert torch.autograd.grad(y.sum(), layer.log_dt)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", [S4, S4D])
+def test_gradients_of_steps_reach_whatever_stands_for_the_parameters(kind):
+    layer, x = s4_layer(kind)
+    _, state = layer.step(x[:, 0], layer.initial_state(2))
+    others = {n: p.detach().clone().requires_grad_() for n, p in layer.named_parameters()}
+
+    def loss(start):
+        return torch.func.functional_call(Stepped(layer), prefixed(others), (x[:, 1], start)).sum()
+
+    found = torch.autograd.grad(loss(state.detach()), list(others.values()))
+    again = torch.autograd.grad(loss(state), list(others.values()))
+    for one, other in zip(found, again, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+class Stepped(nn.Module):
+    """`functional_call` calls a module."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, state):
+        return self.layer.step(x, state)[0]
+
+
+def prefixed(parameters):
+    return {f"layer.{name}": parameter for name, parameter in parameters.items()}
+
+
+@pytest.mark.parametrize("kind", [S4, S4D])
+def test_a_state_that_is_detached_in_place_ends_the_gradient(kind):
+    layer, x = s4_layer(kind)
+    state = layer.initial_state(2)
+    for token in x.unbind(1)[:3]:
+        y, state = layer.step(token, state)
+        y.sum().backward()
+        state.detach_()
+    assert layer.log_dt.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", [S4, S4D])
+def test_nothing_of_a_backward_pass_lies_on_another_device(kind):
+    """A copy between devices cannot be part of a CUDA graph."""
+    layer = kind(3, 8).to("meta")
+    y = layer(torch.ones(2, 10, 3, device="meta"))
+    with NoCopies():
+        y.sum().backward()
+
+
+class NoCopies(TorchDispatchMode):
+    """Refuses to copy between devices."""
+
+    def __torch_dispatch__(self, function, types, given=(), options=None):
+        made = function(*given, **(options or {}))
+        for before in given:
+            if isinstance(before, torch.Tensor) and isinstance(made, torch.Tensor):
+                assert before.device == made.device, function
+        return made
 
 
 @pytest.mark.parametrize("kind", [S4, S4D])

@@ -339,6 +339,8 @@ def test_transforms_of_linear_scan_and_of_a_block():
     torch.testing.assert_close(
         func.vmap(lambda a, b: linear_scan(a[None], b[None])[0])(a, b), linear_scan(a, b)
     )
+    none = func.vmap(lambda a, b: linear_scan(a[None], b[None])[0])(a[:0], b[:0])
+    assert none.shape == a[:0].shape
     tangent = func.jvp(lambda a: linear_scan(a, b), (a,), (a,))[1]
     difference = (linear_scan(a * 1.01, b) - linear_scan(a * 0.99, b)) / 0.02
     torch.testing.assert_close(tangent, difference, rtol=1e-2, atol=1e-3)

@@ -63,6 +63,20 @@ def test_a_row_is_scanned_sequence_by_sequence(backend, discretization, pieces, 
     assert_same(torch.autograd.grad((y, last), given, d), wanted)
 
 
+@pytest.mark.parametrize("length", [16, 17])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_starts_may_lie_in_any_order_in_memory(backend, length):
+    if backend == "triton" and not HAS_TRITON:
+        pytest.skip("Triton exists for Linux only")
+    given = [tensor.detach().float() for tensor in problem(length, batch=2)]
+    starts = torch.arange(2 * length, device=DEVICE).view(length, 2).mT % 5 == 0
+    found, right = (
+        selective_scan(*given, dt_softplus=True, backend=backend, starts=s)
+        for s in (starts, starts.contiguous())
+    )
+    torch.testing.assert_close(found, right, rtol=0, atol=0)
+
+
 # the kernels: in float32 and with half-precision inputs, against each sequence alone in float64
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -326,6 +340,11 @@ def test_the_mask_is_that_of_transformers():
     torch.testing.assert_close(found[mask].float(), right[mask], rtol=0, atol=1e-5)
 
 
+def one_token(m):
+    """Inputs of a state space model, and no gate."""
+    return torch.ones(2, m.config.d_inner, device=DEVICE), None
+
+
 BAD = {
     "starts has dtype torch.int64": lambda m, ids: m(ids, starts=torch.ones_like(ids)),
     r"starts has shape \(2, 4\), expected": lambda m, ids: m(
@@ -338,11 +357,27 @@ BAD = {
     "mask is given with a state": lambda m, ids: m.generate(
         ids, 2, mask=torch.ones_like(ids, dtype=torch.bool), state=m.initial_state(2)
     ),
+    r"ids have lengths \[1, 3\] after a state, expected one length": lambda m, ids: m.generate(
+        [ids[0, :1], ids[1, :3]], 2, state=m.initial_state(2)
+    ),
+    "starts is given with one token of each sequence, expected None": lambda m, ids: m.layers[
+        0
+    ].mixer.ssm(*one_token(m), starts=ids[:, :1] > 0),
+    "starts is given with one token of each sequence": lambda m, ids: m.layers[0].mixer.conv1d(
+        one_token(m)[0], starts=ids[:, :1] > 0
+    ),
     "mask is given with a list": lambda m, ids: m.generate([ids[0]], 2, mask=ids > 0),
     r"ids\[1\] has shape \(2, 5\)": lambda m, ids: m.generate([ids[0], ids], 2),
     r"ids\[0\] has dtype torch.float64": lambda m, ids: m.generate([ids[0].double()], 2),
     "ids is an empty list": lambda m, ids: m.generate([], 2),
 }
+
+
+def test_prompts_of_one_length_go_on_from_a_state(model):
+    ids = torch.tensor([[1, 2], [3, 4]], device=DEVICE)
+    _, state = model.prefill(ids, model.initial_state(2))
+    found = model.generate(list(ids), 3, temperature=0, state=state)
+    assert torch.equal(torch.stack(found), model.generate(ids, 3, temperature=0, state=state))
 
 
 @pytest.mark.parametrize("message", BAD)

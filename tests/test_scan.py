@@ -139,6 +139,15 @@ def test_a_gate_near_one_over_a_long_sequence():
         assert abs(linear_scan(a, b, method=method)[0, -1, 0] / exact - 1) < 1e-5
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("method", ALGORITHMS)
+def test_products_of_decays_may_overflow_where_no_state_does(method, reverse):
+    a = torch.tensor([0.5, 0.5, 1e30, 1e30, 0.0])[None, :, None]
+    b = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0])[None, :, None]
+    a, b = (t.flip(1) if reverse else t for t in (a, b))
+    assert torch.equal(linear_scan(a, b, reverse=reverse, method=method), b)
+
+
 def element(seed):
     return problem(1, 1, 4, seed=seed)[:2]
 

@@ -327,7 +327,7 @@ def test_step_size_is_what_the_scan_uses():
         (
             {"dt_softplus": False},
             ValueError,
-            r"dt has minimum -.*expected Δ ≥ 0, or dt_softplus=True",
+            r"dt holds -.*expected Δ ≥ 0, or dt_softplus=True",
         ),
         ({"discretization": "euler"}, ValueError, "discretization is 'euler', expected one of"),
         ({"backend": "cuda"}, ValueError, "backend is 'cuda', expected one of 'auto'"),

@@ -234,7 +234,7 @@ class TestBadInput:
             (lambda s: StateSpace(s.A, s.B, s.C / 0), ValueError, "C holds inf"),
             (lambda s: DiscreteStateSpace(s.B, s.B, s.C), ValueError, "A_bar has shape"),
             (lambda s: s.system.discretize(0.1, "tustin"), ValueError, "method is 'tustin', exp"),
-            (lambda s: s.system.discretize(0.0), ValueError, "dt has minimum 0"),
+            (lambda s: s.system.discretize(0.0), ValueError, "dt holds 0"),
             (lambda s: s.system.discretize(torch.ones(2)), ValueError, r"dt has shape \(2,\), exp"),
             (lambda s: s.system.simulate(torch.ones(5), 0.1), ValueError, r"x has shape \(5,\)"),
             (lambda s: s.system.simulate(torch.ones(5, 2), 0.1), ValueError, r"length, 1\)"),
@@ -250,7 +250,7 @@ class TestBadInput:
             (lambda s: s.steps.convolve(s.A), ValueError, r"x has shape \(2, 2\), expected"),
             (lambda s: causal_convolution(s.A, s.B), ValueError, r"kernel has shape \(2, 1\), exp"),
             (lambda s: causal_convolution(s.A, s.A.double()), TypeError, "kernel has dtype"),
-            (lambda s: s.system.impulse_response(-torch.ones(1)), ValueError, "t has minimum -1"),
+            (lambda s: s.system.impulse_response(-torch.ones(1)), ValueError, "t holds -1"),
             (lambda s: s.system.impulse_response(1.0), TypeError, "t is a float, expected a torch"),
         ],
     )

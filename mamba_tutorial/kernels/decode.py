@@ -33,10 +33,10 @@ def selective_step(
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
-    dt_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return y and the state after the token, as `mamba_tutorial.selective.selective_step`.
 
+    The step goes through the softplus.
     h: (batch, d_inner, d_state), float32; x, dt, z: (batch, d_inner); A: (d_inner, d_state); B, C:
     (batch, d_state); D, dt_bias: (d_inner,). No gradients.
     """
@@ -50,7 +50,7 @@ def selective_step(
     with on(h):
         _step[(triton.cdiv(d_inner, BLOCK_D), batch)](
             h, x, dt, A, B, C, D, z, dt_bias, y, after, d_inner, d_state, *rows,
-            BLOCK_D=BLOCK_D, BLOCK_N=triton.next_power_of_2(d_state), SOFTPLUS=dt_softplus,
+            BLOCK_D=BLOCK_D, BLOCK_N=triton.next_power_of_2(d_state),
             num_warps=4, **early(h),
         )  # fmt: skip
     return y, after
@@ -81,7 +81,7 @@ def conv_step(
 def _step(
     h_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, y_ptr, after_ptr,
     d_inner, d_state, x_row, dt_row, B_row, C_row, z_row,
-    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SOFTPLUS: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         gdc_launch_dependents()
@@ -100,8 +100,7 @@ def _step(
     C = tl.load(C_ptr + batch * C_row + n, states, 0.0).to(tl.float32)
     if bias_ptr is not None:
         step += tl.load(bias_ptr + d, real, 0.0).to(tl.float32)
-    if SOFTPLUS:
-        step = softplus(step)
+    step = softplus(step)
     h = tl.exp2(step[:, None] * (A * LOG2E)) * h + (step * x)[:, None] * B[None, :]
     tl.store(after_ptr + batch * d_inner * d_state + at, h, square)
     y = tl.sum(h * C[None, :], axis=1)

@@ -167,7 +167,7 @@ def end(
     batch, length, d_inner = u.shape
     u, dt, z = (_rows(tensor, False) for tensor in (u, dt, z))
     A, V, dt_bias = _transposed(_float(A)), _float(V), _float(dt_bias)
-    chunk = _forward_chunk(u, len(A), in_gluon=False, step=cutting.TILE)
+    chunk = _forward_chunk(u, dt, z, len(A), in_gluon=False, step=cutting.TILE)
     sizes, chunks = (length, chunk, d_inner, len(A)), triton.cdiv(length, chunk)
     ends, spans = A.new_empty(batch, chunks, *A.shape), A.new_empty(batch, chunks, d_inner)
     with on(u):
@@ -187,7 +187,8 @@ def _words(begins: Tensor | None) -> Tensor | None:
     if begins is None:
         return None
     length = begins.shape[1]
-    if length % 16 or begins.data_ptr() % 16 or not begins.is_contiguous():
+    begins = begins.contiguous()
+    if length % 16 or begins.data_ptr() % 16:
         begins = F.pad(begins, (0, -length % 16))
     return begins.view(torch.int32)
 
@@ -232,7 +233,7 @@ def _run(x, dt, A, B, C, D, z, dt_bias, h0, begins, dt_softplus, exact, every):
     """Forward; return y, the last state, and the state before every `every` tokens, if asked."""
     batch, length, d_inner = x.shape
     d_state, in_gluon = A.shape[0], _takes(x, A.shape[0], exact)
-    chunk = _forward_chunk(x, d_state, in_gluon, step=max(every or 0, cutting.TILE))
+    chunk = _forward_chunk(x, dt, z, d_state, in_gluon, step=max(every or 0, cutting.TILE))
     chunks = triton.cdiv(length, chunk)
     sizes = length, chunk, d_inner, d_state
     config = _config(d_state, dt_softplus, exact)
@@ -338,7 +339,7 @@ def _run_gluon_backward(
     batch, length, d_inner = x.shape
     d_state, constants = A.shape[1], backward_in_gluon.config(A.shape[1])
     channels = 2 * constants["L"]
-    groups, chunk = triton.cdiv(d_inner, channels), _backward_chunk(x, d_state)
+    groups, chunk = triton.cdiv(d_inner, channels), _backward_chunk(dy, dt, z, d_state)
     chunks = triton.cdiv(length, chunk)
     # two groups of channels share a part of the sums for B and C, which they add to
     results = _results(x, dt, z, d_state, slots=batch * chunks, blocks=triton.cdiv(groups, 2))
@@ -394,7 +395,9 @@ def _takes(x: Tensor, d_state: int, exact: bool) -> bool:
     return d_state <= 128 and not exact and generation(x) >= (8, 0)
 
 
-def _forward_chunk(x: Tensor, d_state: int, in_gluon: bool, step: int) -> int:
+def _forward_chunk(
+    x: Tensor, dt: Tensor, z: Tensor | None, d_state: int, in_gluon: bool, step: int
+) -> int:
     """Return the tokens of a chunk of the forward pass, a multiple of `step`.
 
     Also of `end`, as if a forward pass followed.
@@ -404,7 +407,14 @@ def _forward_chunk(x: Tensor, d_state: int, in_gluon: bool, step: int) -> int:
     kernel, ends = (Kernel(rows, 1, 4),), (_triton_ends(rows, d_state),)
     if in_gluon:
         kernel, ends = _forward_kernel(rows, d_state), _gluon_ends(rows, d_state, reverse=False)
-    return cutting.chunk_length(length, step, kernel, ends, multiprocessors(x))
+    chunk = cutting.chunk_length(length, step, kernel, ends, multiprocessors(x))
+    return _within_reach(chunk, step, x, dt, z)
+
+
+def _within_reach(chunk: int, step: int, *tensors: Tensor | None) -> int:
+    """Return the tokens of a chunk whose rows Triton can count in 32 bits."""
+    row = max(1, *(tensor.stride(1) for tensor in tensors if tensor is not None))
+    return min(chunk, max(step, (2**31 - 1) // row // step * step))
 
 
 def _forward_kernel(rows: int, d_state: int) -> tuple[Kernel, ...]:
@@ -413,12 +423,13 @@ def _forward_kernel(rows: int, d_state: int) -> tuple[Kernel, ...]:
     return Kernel(rows, warps, 2), *([Kernel(rows, 2 * warps, 1.6)] if warps == 2 else [])
 
 
-def _backward_chunk(x: Tensor, d_state: int) -> int:
+def _backward_chunk(dy: Tensor, dt: Tensor, z: Tensor | None, d_state: int) -> int:
     """Return the tokens of a chunk of the backward pass in Gluon."""
-    batch, length, d_inner = x.shape
+    batch, length, d_inner = dy.shape
     ends = _gluon_ends(batch * triton.cdiv(d_inner, LANES), d_state, reverse=True)
-    given = length, spacing(x, d_state, exact=False), (_backward_kernel(x, d_state),), ends
-    return cutting.chunk_length(*given, multiprocessors(x))
+    step, kernel = spacing(dy, d_state, exact=False), _backward_kernel(dy, d_state)
+    chunk = cutting.chunk_length(length, step, (kernel,), ends, multiprocessors(dy))
+    return _within_reach(chunk, step, dy, dt, z)
 
 
 def _backward_kernel(x: Tensor, d_state: int) -> Kernel:
