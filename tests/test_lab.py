@@ -178,12 +178,17 @@ def walk(page):
 
 
 def run_all(page):
+    # without a kernel nothing is run, and on a busy machine one takes a while to start
+    page.wait_for_function(
+        "() => window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status"
+        " === 'idle'", timeout=120_000
+    )  # fmt: skip
     page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
     page.wait_for_function(
         "() => ['idle'].includes(window.jupyterapp.shell.currentWidget.sessionContext"
         ".session?.kernel?.status) && window.jupyterapp.shell.currentWidget.content.widgets"
         ".filter((w) => w.model.type === 'code' && w.model.sharedModel.source.trim())"
-        ".every((w) => w.model.executionCount)", timeout=240_000
+        ".every((w) => w.model.executionCount)", timeout=480_000
     )  # fmt: skip
 
 
