@@ -15,13 +15,9 @@ from torch import Tensor
 
 from mamba_tutorial._check import check_alike, check_flag, check_is_tensor, check_shape, wide
 from mamba_tutorial.scan import linear_scan
-from mamba_tutorial.selective import (
-    check_step_size,
-    selective_scan,
-    selective_step,
-    skip_and_gate,
-    step_size,
-)
+from mamba_tutorial.selective import selective_scan, selective_step
+from mamba_tutorial.selective._checks import check_step_size
+from mamba_tutorial.selective._token import skip_and_gate, step_size
 
 Channels = Float[Tensor, "batch dim length"]
 

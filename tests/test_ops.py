@@ -24,10 +24,10 @@ from mamba_tutorial import (
     MambaLM,
     SelectiveSSM,
     linear_scan,
-    selective,
     selective_scan,
 )
 from mamba_tutorial.ops import OPERATORS
+from mamba_tutorial.selective import _checks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = ("triton",) if torch.cuda.is_available() else ("numba", "triton")
@@ -577,7 +577,7 @@ def test_the_fastest_way_is_chosen_late(monkeypatch):
     """So that a traced program does not depend on what was installed when it was traced."""
     given = scan_inputs(dtype=torch.float32, device="cpu")
     expected = selective_scan(**given, dt_softplus=True, backend="parallel")
-    monkeypatch.setattr(selective, "installed", lambda library: False)
+    monkeypatch.setattr(_checks, "installed", lambda library: False)
     torch.testing.assert_close(selective_scan(**given, dt_softplus=True), expected, rtol=0, atol=0)
 
 

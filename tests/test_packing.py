@@ -7,9 +7,8 @@ import itertools
 import pytest
 import torch
 
-from mamba_tutorial import selective
 from mamba_tutorial.mamba import MambaBlock, MambaConfig, MambaLM
-from mamba_tutorial.selective import selective_scan
+from mamba_tutorial.selective import _in_pytorch, selective_scan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [3, 1, 7, 2, 5]
@@ -46,7 +45,7 @@ def assert_same(found, wanted):
 @pytest.mark.parametrize("pieces", [1, 4])
 def test_a_row_is_scanned_sequence_by_sequence(backend, discretization, pieces, monkeypatch):
     lengths = [*LENGTHS, 40, 33]
-    monkeypatch.setattr(selective, "CHUNK_NUMBERS", 12 * 96 // pieces)
+    monkeypatch.setattr(_in_pytorch, "CHUNK_NUMBERS", 12 * 96 // pieces)
     given, starts = problem(sum(lengths)), row_of(lengths)
     options = {"dt_softplus": True, "return_last_state": True, "discretization": discretization}
     y, last = selective_scan(*given, backend=backend, starts=starts, **options)

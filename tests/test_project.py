@@ -60,6 +60,14 @@ def test_every_public_name_exists_and_is_explained():
         assert getattr(mamba_tutorial, name).__doc__
 
 
+def test_every_module_can_be_read_in_one_sitting():
+    lengths = {
+        path: len(path.read_text("utf-8").splitlines())
+        for path in (ROOT / "mamba_tutorial").rglob("*.py")
+    }
+    assert {str(path): lines for path, lines in lengths.items() if lines > 500} == {}
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make is here")
 def test_commands_of_the_readme_exist():
     help_text = subprocess.run(

@@ -7,8 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mamba_tutorial import selective
-from mamba_tutorial.selective import SelectiveSSM, inverse_softplus, selective_scan, selective_step
+from mamba_tutorial.selective import (
+    SelectiveSSM,
+    _checks,
+    _in_pytorch,
+    inverse_softplus,
+    selective_scan,
+    selective_step,
+)
 
 FAST = ["parallel", "numba"]
 RULES = ["mamba", "zoh"]
@@ -114,7 +120,7 @@ def test_gradcheck(rule):
 
 
 def test_parallel_over_several_chunks(monkeypatch):
-    monkeypatch.setattr(selective, "CHUNK_NUMBERS", 2 * 3 * 4 * 5)  # five tokens at a time
+    monkeypatch.setattr(_in_pytorch, "CHUNK_NUMBERS", 2 * 3 * 4 * 5)  # five tokens at a time
     inputs = problem(length=23)
     upstream = torch.randn(2, 23, 3).double(), torch.randn(2, 3, 4).double()
     for name, value in run(inputs, upstream, backend="parallel").items():
@@ -197,7 +203,7 @@ def test_numba_is_repeatable_to_the_bit():
 def test_without_numba_plain_pytorch_does_the_work(monkeypatch):
     inputs = problem(dtype=torch.float32)
     expected = selective_scan(**inputs, dt_softplus=True, backend="parallel")
-    monkeypatch.setattr(selective, "installed", lambda library: False)
+    monkeypatch.setattr(_checks, "installed", lambda library: False)
     assert torch.equal(selective_scan(**inputs, dt_softplus=True), expected)
     with pytest.raises(ValueError, match="Numba is not installed: pip install numba"):
         selective_scan(**inputs, dt_softplus=True, backend="numba")

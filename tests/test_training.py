@@ -12,11 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from mamba_tutorial import training
 from mamba_tutorial.s4 import S4, S4D
 from mamba_tutorial.selective import SelectiveSSM
 from mamba_tutorial.tasks import IGNORE
-from mamba_tutorial.training import Record, accuracy, parameter_groups, train
+from mamba_tutorial.training import Record, _run, accuracy, parameter_groups, train
+
+ROOMS = tuple(
+    f"mamba_tutorial/training/{name}.py"
+    for name in ("__init__", "_run", "_checks", "_files", "_progress")
+)
 
 
 def batches(generator):
@@ -152,7 +156,7 @@ class Tracer:
 @pytest.mark.parametrize(
     ("files", "stride"),
     [
-        (("mamba_tutorial/training.py", "test_training.py"), 1),
+        ((*ROOMS, "test_training.py"), 1),
         (("optim/adam.py", "optim/optimizer.py", "optim/lr_scheduler.py"), 10),
         (("torch/serialization.py", "modules/batchnorm.py", "nn/functional.py"), 10),
     ],
@@ -182,9 +186,7 @@ def test_an_interruption_keeps_the_steps_that_were_done(tmp_path):
     assert len(torch.load(file, weights_only=True)["record"]["losses"]) == 7
 
 
-@pytest.mark.parametrize(
-    ("owner", "method"), [(torch.optim.AdamW, "step"), (training._Run, "set_rate")]
-)
+@pytest.mark.parametrize(("owner", "method"), [(torch.optim.AdamW, "step"), (_run.Run, "set_rate")])
 def test_an_interruption_inside_the_update_undoes_the_step(tmp_path, monkeypatch, owner, method):
     expected = restless(tmp_path / "whole.pt", steps=6)
     original, calls = getattr(owner, method), iter(range(100))
@@ -689,13 +691,13 @@ def test_a_parameter_that_one_of_its_modules_spares_does_not_decay():
 
 
 def test_the_rate_rises_in_a_line_and_falls_in_a_cosine(monkeypatch):
-    seen, original = [], training._Run.set_rate
+    seen, original = [], _run.Run.set_rate
 
     def noted(self):
         original(self)
         seen.append([group["lr"] for group in self.optimizer.param_groups])
 
-    monkeypatch.setattr(training._Run, "set_rate", noted)
+    monkeypatch.setattr(_run.Run, "set_rate", noted)
     train(model(), batches, steps=20, lr=0.4)
     assert seen[:3] == [[0.2, 0.2], [0.4, 0.4], [0.4, 0.4]]
     assert seen[11] == pytest.approx([0.2, 0.2])

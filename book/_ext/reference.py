@@ -292,7 +292,8 @@ def link(app, docname: str, name: str, shown: nodes.Node) -> nodes.reference:
 def index_of_names(app, docname: str) -> nodes.definition_list:
     """Return all names by module, each leading to its entry."""
     objects = app.env.get_domain("py").objects
-    listed = {PACKAGE: public_names.exports(PACKAGE).values()}
+    whole = public_names.exports(PACKAGE).values()
+    listed = {PACKAGE: [public_names.definition(name) for name in whole]}
     for module in public_names.modules().values():
         if module.name in objects:
             listed[module.name] = [e.name for e in module.entries if e.name in objects]

@@ -276,7 +276,7 @@ def exact_scan(
     room = x.device if x.numel() < 1 << 30 else "cpu"  # beside a million tokens there is none
     results = [torch.zeros_like(t, dtype=torch.float32, device=room) for t in (x, *given)]
     # larger pieces than those for a CPU: there is room, and to start kernels takes time
-    with mock.patch("mamba_tutorial.selective.CHUNK_NUMBERS", 1 << 25):
+    with mock.patch("mamba_tutorial.selective._in_pytorch.CHUNK_NUMBERS", 1 << 25):
         for sequence, first in product(range(batch), range(0, d_inner, width)):
             channels, shared = slice(first, first + width), (slice(sequence, sequence + 1),)
             tokens, own = (*shared, slice(None), channels), (channels,)

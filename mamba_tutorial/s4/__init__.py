@@ -35,7 +35,7 @@ from mamba_tutorial._check import (
 )
 from mamba_tutorial.discretize import diagonal_zoh
 from mamba_tutorial.hippo import dplr
-from mamba_tutorial.s4.checks import check_complex, check_pairs, kernel_length
+from mamba_tutorial.s4._checks import check_complex, check_pairs, kernel_length
 from mamba_tutorial.s4.diagonal import (
     INITS,
     ZOH_KERNEL,

@@ -12,7 +12,7 @@ from mamba_tutorial._check import check_choice, check_memory, check_shape
 from mamba_tutorial.discretize import diagonal_zoh, exprel, exprel_slope
 from mamba_tutorial.hippo import dplr
 from mamba_tutorial.ops import register, vjp
-from mamba_tutorial.s4.checks import check_batches, check_complex, check_pairs, kernel_length
+from mamba_tutorial.s4._checks import check_batches, check_complex, check_pairs, kernel_length
 
 DiagonalInit = Literal["legs", "lin", "inv", "real"]
 INITS = get_args(DiagonalInit)

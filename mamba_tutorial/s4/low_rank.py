@@ -13,7 +13,7 @@ from torch import Tensor
 from mamba_tutorial import _fusible
 from mamba_tutorial._check import can_look_at, check_shape, check_step, precise
 from mamba_tutorial.ops import register, vjp
-from mamba_tutorial.s4.checks import check_batches, check_complex, kernel_length
+from mamba_tutorial.s4._checks import check_batches, check_complex, kernel_length
 
 # Numbers that a block of the Cauchy sum may hold at a time: enough to be quick, little to store. A
 # CPU wants them in its cache, a GPU few launches.

@@ -16,13 +16,11 @@ import json
 import math
 import os
 import re
-import reprlib
 import tempfile
 import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Set
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,34 +28,19 @@ import torch
 from torch import Tensor, nn
 
 from mamba_tutorial._check import check_finite, check_library
+from mamba_tutorial.checkpoints._config import (
+    HF_FIELDS,
+    HF_FIXED,
+    Place,
+    fields_of,
+    object_in,
+    object_of,
+    reading,
+    shown,
+)
 
 CONFIG = "config.json"
 FILES = ["model.safetensors", "pytorch_model.bin"]
-HF_FIELDS = {
-    "hidden_size": "d_model",
-    "num_hidden_layers": "n_layer",
-    "vocab_size": "vocab_size",
-    "state_size": "d_state",
-    "conv_kernel": "d_conv",
-    "expand": "expand",
-    "time_step_rank": "dt_rank",
-    "use_conv_bias": "conv_bias",
-    "use_bias": "bias",
-    "tie_word_embeddings": "tie_embeddings",
-    "layer_norm_epsilon": "norm_eps",
-    "time_step_min": "dt_min",
-    "time_step_max": "dt_max",
-    "time_step_floor": "dt_floor",
-}
-ORIGINAL_FIELDS = ["d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "tie_embeddings"]
-# ssm_cfg holds arguments of the released `Mamba`; these are the ones that change a trained model
-SSM_FIELDS = {"dt_init_floor": "dt_floor"} | {
-    name: name
-    for name in ("d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "conv_bias", "bias")
-}
-# fields with which a checkpoint would be another model than this one, and the values that are ours
-HF_FIXED = {"model_type": "mamba", "hidden_act": "silu", "time_step_scale": 1.0}
-ORIGINAL_FIXED = {"rms_norm": True, "d_intermediate": 0, "attn_layer_idx": []}
 # what a checkpoint calls a tensor of a layer → what MambaLM calls it, where they differ
 RENAMES = {
     "mixer.A_log": "mixer.ssm.A_log",
@@ -73,8 +56,6 @@ CLAIM, CHECKSUM = "mamba_tutorial.config", "mamba_tutorial.crc32"
 LISTED = 5  # names in one message
 # an owner and a model, by the hub's rules for names
 HUB_NAME = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
-
-Place = Path | str  # what a message says is wrong
 
 
 class Entry(NamedTuple):
@@ -211,84 +192,7 @@ def read_config(folder: Path) -> tuple[dict, dict[str, str]]:
     path = folder / CONFIG
     if not path.exists():
         raise FileNotFoundError(f"{folder} has no {CONFIG}")
-    return _fields(path, _json(path))
-
-
-@contextmanager
-def _reading(where: Place, problem: str) -> Iterator[None]:
-    """Turn whatever a library raises at a file into a ValueError that names the file.
-
-    There is no list of what it may be. A file or a library that is missing is another matter.
-    """
-    try:
-        yield
-    except (FileNotFoundError, ImportError):
-        raise
-    except Exception as error:
-        raise ValueError(f"{where} {problem.format(error=error)}") from error
-
-
-def _json(path: Path) -> dict:
-    """Return the object that a file holds."""
-    with _reading(path, "is no JSON: {error}"):
-        text = path.read_text(encoding="utf-8")
-    return _object(path, text)
-
-
-def _object(where: Place, text: str) -> dict:
-    with _reading(where, "is no JSON: {error}"):
-        given = json.loads(text, object_pairs_hook=_distinct)
-    if not isinstance(given, dict):
-        raise ValueError(f"{where} holds a {type(given).__name__}, expected an object with fields")
-    return given
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object as a dict; of two values for one name, json would take the last."""
-    given = {}
-    for name, value in pairs:
-        if name in given:
-            raise ValueError(f"{_shown(name)} is given twice")
-        given[name] = value
-    return given
-
-
-def _fields(where: Place, given: dict) -> tuple[dict, dict[str, str]]:
-    if "hidden_size" in given:
-        _check_fixed(where, given, HF_FIXED)
-        fields = {ours: given[theirs] for theirs, ours in HF_FIELDS.items() if theirs in given}
-        fields["pad_vocab_size_multiple"] = 1  # vocab_size is the number of rows already
-        return fields, {ours: theirs for theirs, ours in HF_FIELDS.items()}
-    if "d_model" not in given or "n_layer" not in given:
-        raise ValueError(
-            f"{where} has neither hidden_size nor d_model and n_layer: no Mamba config"
-        )
-    _check_fixed(where, given, ORIGINAL_FIXED)
-    ssm = {} if given.get("ssm_cfg") is None else given["ssm_cfg"]
-    if not isinstance(ssm, dict):
-        raise ValueError(f"{where} has a {type(ssm).__name__} as ssm_cfg, expected an object")
-    if ssm.get("layer", "Mamba1") != "Mamba1":
-        raise ValueError(f"{where} has ssm_cfg.layer {_shown(ssm['layer'])}, expected Mamba1")
-    unknown = ssm.keys() - SSM_FIELDS.keys() - {"layer", "dt_init", "dt_scale", "use_fast_path"}
-    if unknown:
-        raise ValueError(f"{where} has unknown fields in ssm_cfg: {', '.join(sorted(unknown))}")
-    fields = {name: given[name] for name in ORIGINAL_FIELDS if name in given}
-    fields |= {ours: ssm[theirs] for theirs, ours in SSM_FIELDS.items() if theirs in ssm}
-    return fields, {ours: theirs for theirs, ours in SSM_FIELDS.items()}
-
-
-def _check_fixed(where: Place, given: dict, fixed: dict) -> None:
-    for name, value in fixed.items():
-        held = given.get(name, value)
-        if held != value or isinstance(held, bool) != isinstance(value, bool):
-            raise ValueError(f"{where} has {name} {_shown(held)}, expected {value!r}")
-
-
-def _shown(value: Any) -> str:
-    """Return what repr says, cut short where it is long or deep."""
-    shown = reprlib.Repr()
-    shown.maxstring = 200
-    return shown.repr(value)
+    return fields_of(path, object_in(path))
 
 
 def _build(where: Place, fields: dict, names: dict[str, str], build: Callable[..., Any]) -> Any:
@@ -317,21 +221,21 @@ def _weight_files(folder: Path) -> tuple[Path, dict[Path, Set[str] | None]]:
 
 def _shards(index: Path, suffix: str) -> dict[Path, Set[str]]:
     """Return the files that an index names, all of them in its own folder."""
-    places = _json(index).get("weight_map")
+    places = object_in(index).get("weight_map")
     if not isinstance(places, dict):
         raise ValueError(f"{index} has no weight_map, expected an object of tensors and files")
     shards = defaultdict(set)
     for name, file in places.items():
         if not isinstance(file, str) or not re.fullmatch(rf"\w[\w .-]*\{suffix}", file):
             needed = f"expected the bare name of a {suffix} file in its folder"
-            raise ValueError(f"{index} places {_shown(name)} in {_shown(file)}, {needed}")
+            raise ValueError(f"{index} places {shown(name)} in {shown(file)}, {needed}")
         shards[index.parent / file].add(name)
     return shards
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
     """Return the tensors of a file, and the config that it claims to belong to."""
-    with _reading(path, "cannot be read: {error}"):
+    with reading(path, "cannot be read: {error}"):
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing, one of the shards that the index names")
     if path.suffix == ".safetensors":
@@ -342,7 +246,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
     safe_open = check_library("safetensors", "checkpoints").safe_open
     with (
-        _reading(path, "is damaged or no safetensors file: {error}"),
+        reading(path, "is damaged or no safetensors file: {error}"),
         safe_open(path, framework="pt") as file,
     ):
         names, notes = file.keys(), file.metadata() or {}
@@ -362,13 +266,11 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
-    with _reading(path, "cannot be read: {error}"):
+    with reading(path, "cannot be read: {error}"):
         archive = zipfile.is_zipfile(path)  # as torch.save has written them since PyTorch 1.6
         if archive:
             _check_archive(path)
-    with _reading(
-        path, "cannot be read: it is damaged, or holds more than tensors and was not run"
-    ):
+    with reading(path, "cannot be read: it is damaged, or holds more than tensors and was not run"):
         given = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     return _plain(path, given)
 
@@ -460,7 +362,7 @@ def _match(where: Path, found: dict[str, Found], config: Any) -> dict[Entry, Fou
 def _check_claim(path: Path, claim: str, config: Any, build: Callable[..., Any]) -> None:
     """Compare the config that weights were written with to the one that lies beside them."""
     place = f"the config in {path}"
-    claimed = _build(place, *_fields(place, _object(place, claim)), build)
+    claimed = _build(place, *fields_of(place, object_of(place, claim)), build)
     for name, value in vars(claimed).items():
         beside = getattr(config, name)
         if value != beside:
