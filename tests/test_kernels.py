@@ -245,6 +245,7 @@ def test_triton_takes_rows_that_lie_apart():
 
 @needs_triton
 @pytest.mark.parametrize("shape", [(2, 20, 20, 16), (1, 70, 64, 16)])
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter runs one program after the other")
 def test_triton_is_repeatable_to_the_bit(shape):
     inputs = problem(*shape)
     upstream = torch.ones_like(inputs["x"]), torch.ones_like(inputs["h0"])

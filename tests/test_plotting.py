@@ -90,6 +90,10 @@ PICTURES = {
     "timelines": lambda: plotting.timelines({"a": np.eye(3), "b": np.ones((1, 3))}),
     "register_tile": plotting.register_tile,
     "shared_channels": plotting.shared_channels,
+    "works_on": lambda: plotting.works_on({"a": (1, 1, 5, 0), "b": (8, 4, 16, 8)}),
+    "spread, other rows": lambda: plotting.spread(
+        {"a": {"u": T}, "b": {"v": T, "w": T + 1}}, xlabel="x"
+    ),
     "scan_levels": plotting.scan_levels,
     "look_back": plotting.look_back,
     "descent": lambda: plotting.descent(T + 0.1, T + 0.1, {"a": (T + 0.1, T + 0.1)}, true=0.5),

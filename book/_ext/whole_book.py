@@ -21,6 +21,11 @@ BROWSERS = (
     "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
 )
 FOOTER = '<p style="font: 8px sans-serif; margin: auto"><span class="pageNumber"></span></p>'
+# each line of the contents leads to a page, and says which
+NUMBER_CONTENTS = """numbers => {
+  for (const number of document.querySelectorAll(".whole-book > nav span"))
+    number.textContent = numbers[number.parentElement.hash.slice(1)] ?? "";
+}"""
 MARGIN = {"top": "18mm", "bottom": "18mm", "left": "17mm", "right": "17mm"}
 
 
@@ -75,7 +80,8 @@ def whole_book(site: Path, root: Path) -> str:
             title = re.sub(r"#$", "", text.find("h1").get_text()).strip()
             level = "section" if re.match(r"\d+\.\d", title) else "chapter"
             contents.append(
-                f'<p class="{level}"><a href="#{text["id"]}">{html.escape(title)}</a></p>'
+                f'<p class="{level}"><a href="#{text["id"]}">{html.escape(title)}'
+                "<span></span></a></p>"
             )
         texts.append(str(text))
     # the head of a page with mathematics, and of its scripts those that typeset and measure
@@ -105,6 +111,18 @@ def link_from_front_page(site: Path) -> None:
         front.write_text(page[:before] + line + page[before:], "utf-8")
 
 
+def page_numbers(pdf: Path) -> dict[str, int]:
+    """Return on which page of a PDF each place begins that something leads to."""
+    from pypdf import PdfReader
+
+    reader = PdfReader(pdf)
+    places = reader.named_destinations
+    return {
+        name.removeprefix("/"): reader.get_destination_page_number(place) + 1
+        for name, place in places.items()
+    }
+
+
 def main(site: Path, root: Path = Path(__file__).parents[2]) -> None:
     """Write the PDF into the site that was built from the files under root."""
     from playwright.sync_api import sync_playwright
@@ -123,9 +141,11 @@ def main(site: Path, root: Path = Path(__file__).parents[2]) -> None:
             page.set_default_timeout(300_000)
             page.goto(page_path.resolve().as_uri())
             page.wait_for_selector("html[data-measured]", state="attached")
-            page.pdf(path=site / NAME, format="A4", margin=MARGIN, outline=True, tagged=True,
-                     print_background=True, display_header_footer=True, header_template="<p></p>",
-                     footer_template=FOOTER)  # fmt: skip
+            for numbers in (lambda: {}, lambda: page_numbers(site / NAME)):  # known when printed
+                page.evaluate(NUMBER_CONTENTS, numbers())
+                page.pdf(path=site / NAME, format="A4", margin=MARGIN, outline=True, tagged=True,
+                         print_background=True, display_header_footer=True,
+                         header_template="<p></p>", footer_template=FOOTER)  # fmt: skip
             browser.close()
     finally:
         page_path.unlink()

@@ -18,6 +18,7 @@ from mamba_tutorial.plotting.gpu import (
     scan_levels,
     shared_channels,
     timelines,
+    works_on,
 )
 from mamba_tutorial.plotting.grids import images, matrices, tensors, text_heat, token_heat
 from mamba_tutorial.plotting.interactive import Interactive, scan_steps, slider
@@ -63,6 +64,7 @@ __all__ = [
     "time_series",
     "timelines",
     "token_heat",
+    "works_on",
 ]
 
 show_in_notebooks()

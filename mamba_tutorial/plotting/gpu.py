@@ -91,6 +91,43 @@ def register_tile() -> Figure:
     return figure
 
 
+def works_on(panels: Mapping[str, tuple[int, int, int, int]]) -> Figure:
+    """Draw what a program of the selective scan computes at a time, of all tokens and channels.
+
+    A square is a token of a channel, and its sixteen parts are the states.
+
+    Args:
+        panels: for each title how many tokens, channels and states are computed at once, and how
+            many tokens more are on their way from memory.
+    """
+    tokens, channels, side = 24, 4, 4
+    figure, axes = subplots(1.02 * len(panels) + 0.45, rows=len(panels), sharex=True)
+    colors = LinearSegmentedColormap.from_list("work", ["white", BLUE, "#f3c9a3"])
+    for ax, (title, (at_once, wide, states, coming)) in zip(axes, panels.items(), strict=True):
+        first = 0 if coming else 8
+        work = np.zeros((channels, side, tokens, side))  # rows of parts, columns of parts
+        held = work[:wide, :, first : first + at_once]
+        held[...] = np.arange(side * side).reshape(1, side, 1, side) < states
+        work[:wide, :, first + at_once : first + at_once + coming] = 2
+        ax.imshow(
+            work.reshape(channels * side, tokens * side),
+            extent=(0, tokens, channels, 0),
+            cmap=colors,
+            vmin=0,
+            vmax=2,
+            aspect="auto",
+            interpolation="nearest",
+        )
+        for place in range(tokens + 1):
+            ax.axvline(place, color=GREY, lw=0.6)
+        for place in range(channels + 1):
+            ax.axhline(place, color=GREY, lw=0.6)
+        ax.set(title=title, ylabel="channels", xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    axes[-1].set_xlabel("tokens")
+    return figure
+
+
 def shared_channels() -> Figure:
     """Draw two warps that share 32 channels: what each holds, and what both take from one place."""
     figure, (ax,) = subplots(3.4)

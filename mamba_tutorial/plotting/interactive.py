@@ -40,7 +40,7 @@ class Interactive:
 
 
 def slider(
-    x: ArrayLike,
+    x: ArrayLike | Sequence[str],
     fixed: Mapping[str, ArrayLike],
     moving: Mapping[str, ArrayLike],
     *,
@@ -57,7 +57,7 @@ def slider(
     A value that is NaN is not drawn.
 
     Args:
-        x: (length,), the positions of the samples.
+        x: (length,), the positions of the samples, or what each is called.
         fixed: signals that stay, {label: (length,)}.
         moving: signals for each value of the slider, {label: (values, length)}.
         label: what the slider sets, such as "Δ".
@@ -128,8 +128,10 @@ def _rounded(value: float) -> str:
     return (f"{value:.3g}" if value % 1 else f"{value:g}").replace("-", "−")
 
 
-def _ticks(x: ArrayLike) -> list[list]:
-    """Return round numbers for an axis: where each stands, counted in samples, and the number."""
+def _ticks(x: ArrayLike | Sequence[str]) -> list[list]:
+    """Return names or round numbers for an axis: where each stands, counted in samples."""
+    if isinstance(x[0], str):
+        return [[place, name] for place, name in enumerate(x)]
     x = np.asarray(x, dtype=float)
     marks = even(x[0], x[-1], 6)
     if np.all(x == np.round(x)):  # samples that are counted have no halves

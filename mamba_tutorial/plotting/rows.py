@@ -98,6 +98,8 @@ def spread(
 ) -> Figure:
     """Draw the results of several seeds: a dot for each and a bar at their mean, row by row.
 
+    Panels with the same rows stand side by side, others one above the other, on one x axis.
+
     Args:
         panels: for each panel its title and its rows, {title: {label: results}}.
         xlabel: label of the x axes.
@@ -106,8 +108,7 @@ def spread(
         best: a value that no result reaches; the axis is stretched towards it (logarithmic in what
             is missing), so that a few bad results do not push the good ones together.
     """
-    rows = max(map(len, panels.values()))
-    figure, axes = subplots(0.27 * rows + 0.9, columns=len(panels), sharey=len(panels) > 1)
+    figure, axes = _panels_of_rows([list(groups) for groups in panels.values()])
     for ax, (title, groups) in zip(axes, panels.items(), strict=True):
         for row, results in enumerate(groups.values()):
             results = np.asarray(results, dtype=float)
@@ -116,8 +117,10 @@ def spread(
             ax.plot(results.mean(), row, "|", color=ORANGE, ms=15, mew=2.4)
         if marks and title in marks:
             ax.axvline(marks[title], color=INK, linestyle="--", linewidth=1)
-        ax.set(title=title, xlabel=xlabel, yticks=range(len(groups)), yticklabels=list(groups))
-        ax.set_ylim(rows - 0.5, -0.5)
+        ax.set(title=title, yticks=range(len(groups)), yticklabels=list(groups))
+        if ax.get_subplotspec().is_last_row():
+            ax.set_xlabel(xlabel)
+        ax.set_ylim(len(groups) - 0.5, -0.5)
         ax.tick_params(axis="y", length=0)
         ax.grid(axis="y", color=PALE, linewidth=0.8)
         ax.set_axisbelow(True)
@@ -131,6 +134,16 @@ def spread(
         else:
             ax.locator_params(axis="x", nbins=4 if len(panels) > 1 else 6)
     return figure
+
+
+def _panels_of_rows(rows: list[list[str]]) -> tuple[Figure, list[Axes]]:
+    """Return a figure with a panel for each list of rows, and its panels."""
+    if all(labels == rows[0] for labels in rows):
+        height = 0.27 * len(rows[0]) + 0.9
+        return subplots(height, columns=len(rows), sharey=len(rows) > 1)
+    sizes = [len(labels) for labels in rows]
+    height = 0.27 * sum(sizes) + 0.35 * len(rows) + 0.6
+    return subplots(height, rows=len(rows), sharex=True, height_ratios=sizes)
 
 
 def schedule(steps: Sequence[tuple[float, float, str]], *, xlabel: str) -> Figure:
