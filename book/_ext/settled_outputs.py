@@ -1,4 +1,4 @@
-"""What cells print, as a page shows it: without progress bars, and sources in colours."""
+"""What cells are and print, as a page shows it: no progress bars, colours, one fold for many."""
 
 import re
 
@@ -31,10 +31,25 @@ def colour_sources(app, doctree: nodes.document) -> None:
             block["language"] = "diff" if changed else "python"
 
 
+def is_folded(node: nodes.Node) -> bool:
+    """Whether a node is a cell whose code is folded."""
+    return isinstance(node, nodes.container) and node.get("hide_mode") == "input"
+
+
+def fold_together(app, doctree: nodes.document) -> None:
+    """Put folded code into the fold of the cell right after it, if nothing is printed between."""
+    for cell in list(doctree.findall(is_folded)):
+        after = cell.next_node(descend=False, siblings=True)
+        if len(cell.children) == 1 and after is not None and is_folded(after):
+            after.children[0][:0] = cell.children[0].children
+            cell.parent.remove(cell)
+
+
 def setup(app) -> dict:
     """Register with Sphinx."""
     app.connect("doctree-read", remove_bars)
     app.connect("doctree-read", colour_sources)
+    app.connect("doctree-read", fold_together)
     return {
         "version": "1",
         "parallel_read_safe": True,
