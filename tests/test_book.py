@@ -83,13 +83,13 @@ def test_cells_are_short(path):
 @EACH_NOTEBOOK
 def test_pictures_have_a_caption_and_a_text_for_those_who_cannot_see(path):
     for cell in code_cells(path):
-        shown = {k: v for output in cell.outputs for k, v in output.get("data", {}).items()}
-        assert "image/png" not in shown  # drawings are sharp on every screen
-        table = "".join(shown.get("text/html", "")).startswith("<table")  # it is text
-        if "image/svg+xml" in shown or ("text/html" in shown and not table):
+        shown = [(k, "".join(v)) for o in cell.outputs for k, v in o.get("data", {}).items()]
+        kinds = {kind for kind, data in shown if not data.startswith("<table")}  # which is text
+        assert "image/png" not in kinds  # drawings are sharp on every screen
+        if kinds & {"image/svg+xml", "text/html"}:
             assert len(cell.metadata["mystnb"]["figure"]["caption"]) > 40
             assert "hide-input" in cell.metadata["tags"]
-        if "image/svg+xml" in shown:
+        if "image/svg+xml" in kinds:
             assert len(cell.metadata["mystnb"]["image"]["alt"]) > 40
 
 
@@ -347,6 +347,18 @@ def test_the_pdf_has_all_pages(site, tmp_path):
     contents = {line for page in reader.pages[1:3] for line in page.extract_text().splitlines()}
     assert {f"{title} {at[title]}" for title in titles[1:]} <= contents  # all but the front page
     assert "the whole book as one PDF" in (small / "book/index.html").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_folded_code_that_stands_together_has_one_fold(site):
+    fold = r'<div class="cell [^"]*">\s*<details class="admonition hide above-input">'
+    alone = rf"{fold}(?:(?!</details>).)*</details>\s*</div>\s*"  # and nothing printed
+    folds = 0
+    for path in NOTEBOOKS:
+        html = (site / "book" / f"{path.stem}.html").read_text("utf-8")
+        assert not re.search(alone + fold, html, re.DOTALL), path
+        folds += len(re.findall(fold, html))
+    assert folds > 200
 
 
 @pytest.mark.slow

@@ -152,6 +152,7 @@ def test_a_state_is_saved_loaded_and_continued_from(tmp_path):
         nn.init.normal_(layer.mixer.out_proj.weight)  # so that the past shows
     whole = lm.generate(ids, 5, temperature=0)
     _, state = lm.prefill(ids[:, :4])
+    assert type(state[0]).__module__ == "mamba_tutorial.mamba"  # which no move of a file changes
     torch.save(state, tmp_path / "state.pt")
     loaded = torch.load(tmp_path / "state.pt")
     rest = lm.generate(ids[:, 4:], 5, temperature=0, state=loaded)

@@ -224,6 +224,22 @@ def test_slider_holds_its_data_and_asks_for_nothing():
     assert repr(widget) == "<Δ: a figure with a slider of 2 steps>"
 
 
+def test_a_slider_goes_over_names_too():
+    moving = {"this": [[1, 1], [2, 2]]}
+    words = {"label": "n", "notes": ["a", "b"], "xlabel": "kind", "description": "a test"}
+    widget = plotting.slider(["4×2", "2×4"], {}, moving, values=[1, 2], start=0, **words)
+    assert widget.data["xticks"] == [[0, "4×2"], [1, "2×4"]]
+
+
+def test_panels_with_the_same_rows_stand_side_by_side_others_one_above_the_other():
+    beside = plotting.spread({"a": {"u": T}, "b": {"u": T + 1}}, xlabel="x")
+    above = plotting.spread({"a": {"u": T}, "b": {"v": T, "w": T}}, xlabel="x", best=2.0)
+    shapes = [[ax.get_subplotspec().get_geometry()[:2] for ax in f.axes] for f in (beside, above)]
+    assert shapes == [[(1, 2)] * 2, [(2, 1)] * 2]
+    assert all(ax.xaxis_inverted() for ax in above.axes)  # towards the best, at the right
+    assert [ax.get_xlabel() for ax in above.axes] == ["", "x"]
+
+
 def test_stepper_holds_the_steps_and_asks_for_nothing():
     steps = trace(blelloch, 4)
     figure = plotting.scan_steps(

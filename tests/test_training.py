@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +18,7 @@ from mamba_tutorial.selective import SelectiveSSM
 from mamba_tutorial.tasks import IGNORE
 from mamba_tutorial.training import Record, _run, accuracy, parameter_groups, train
 
-ROOMS = tuple(
-    f"mamba_tutorial/training/{name}.py"
-    for name in ("__init__", "_run", "_checks", "_files", "_progress")
-)
+ROOMS = tuple(str(path) for path in Path(_run.__file__).parent.glob("*.py"))
 
 
 def batches(generator):

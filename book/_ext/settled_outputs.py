@@ -1,4 +1,4 @@
-"""What cells are and print, as a page shows it: no progress bars, colours, one fold for many."""
+"""What a page shows of cells: no progress bars, sources in colours, folds that stand together."""
 
 import re
 

@@ -24,7 +24,7 @@ FOOTER = '<p style="font: 8px sans-serif; margin: auto"><span class="pageNumber"
 # each line of the contents leads to a page, and says which
 NUMBER_CONTENTS = """numbers => {
   for (const number of document.querySelectorAll(".whole-book > nav span"))
-    number.textContent = numbers[number.parentElement.hash.slice(1)] ?? "";
+    number.textContent = numbers[number.parentElement.hash.slice(1)].toString();
 }"""
 MARGIN = {"top": "18mm", "bottom": "18mm", "left": "17mm", "right": "17mm"}
 
@@ -111,6 +111,13 @@ def link_from_front_page(site: Path) -> None:
         front.write_text(page[:before] + line + page[before:], "utf-8")
 
 
+def print_out(page, pdf: Path) -> None:
+    """Print a page of the browser."""
+    page.pdf(path=pdf, format="A4", margin=MARGIN, outline=True, tagged=True,
+             print_background=True, display_header_footer=True, header_template="<p></p>",
+             footer_template=FOOTER)  # fmt: skip
+
+
 def page_numbers(pdf: Path) -> dict[str, int]:
     """Return on which page of a PDF each place begins that something leads to."""
     from pypdf import PdfReader
@@ -141,11 +148,9 @@ def main(site: Path, root: Path = Path(__file__).parents[2]) -> None:
             page.set_default_timeout(300_000)
             page.goto(page_path.resolve().as_uri())
             page.wait_for_selector("html[data-measured]", state="attached")
-            for numbers in (lambda: {}, lambda: page_numbers(site / NAME)):  # known when printed
-                page.evaluate(NUMBER_CONTENTS, numbers())
-                page.pdf(path=site / NAME, format="A4", margin=MARGIN, outline=True, tagged=True,
-                         print_background=True, display_header_footer=True,
-                         header_template="<p></p>", footer_template=FOOTER)  # fmt: skip
+            print_out(page, site / NAME)
+            page.evaluate(NUMBER_CONTENTS, page_numbers(site / NAME))  # which printing decides
+            print_out(page, site / NAME)
             browser.close()
     finally:
         page_path.unlink()

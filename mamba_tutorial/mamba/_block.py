@@ -117,7 +117,8 @@ class BlockState(NamedTuple):
     h: Float[Tensor, "batch d_inner d_state"]
 
 
-torch.serialization.add_safe_globals([BlockState])  # so that torch.load takes a saved state
+BlockState.__module__ = "mamba_tutorial.mamba"  # what a saved state names
+torch.serialization.add_safe_globals([BlockState])  # so that torch.load takes it
 
 
 class MambaBlock(nn.Module):

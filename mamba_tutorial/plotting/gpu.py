@@ -102,9 +102,9 @@ def works_on(panels: Mapping[str, tuple[int, int, int, int]]) -> Figure:
     """
     tokens, channels, side = 24, 4, 4
     figure, axes = subplots(1.02 * len(panels) + 0.45, rows=len(panels), sharex=True)
-    colors = LinearSegmentedColormap.from_list("work", ["white", BLUE, "#f3c9a3"])
+    colors = LinearSegmentedColormap.from_list("work", ["white", BLUE, "#f6c9a0"])
     for ax, (title, (at_once, wide, states, coming)) in zip(axes, panels.items(), strict=True):
-        first = 0 if coming else 8
+        first = 0 if coming else 8  # a token in the middle, or the first tile
         work = np.zeros((channels, side, tokens, side))  # rows of parts, columns of parts
         held = work[:wide, :, first : first + at_once]
         held[...] = np.arange(side * side).reshape(1, side, 1, side) < states

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from numpy.typing import ArrayLike
 
 from mamba_tutorial.plotting.style import (
@@ -101,7 +102,10 @@ def text_heat(
         for i, letter in enumerate(text[: 4 * width]):
             row, column = divmod(i, width)
             color = _readable_on(picture.cmap(norm(grid[row, column])))
-            ax.text(column, row, letter, color=color, ha="center", va="center_baseline")
+            drawn = ax.text(column, row, letter, color=color, ha="center", va="center_baseline")
+            # where the page is dark, the ground comes out as bright as the letter
+            halo = "black" if color == "white" else "white"
+            drawn.set_path_effects([withStroke(linewidth=1.8, foreground=halo)])
         ax.set_title(name)
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)

@@ -128,7 +128,8 @@ def spread(
         if best is not None:
             logarithmic(ax.xaxis)
             ax.set_xticks(ticks := ax.get_xticks(), written([best - tick for tick in ticks]))
-            ax.invert_xaxis()
+            if not ax.xaxis_inverted():  # by another panel, on the axis that they share
+                ax.invert_xaxis()
         elif log and values.max() > 10 * values.min():
             logarithmic(ax.xaxis, 4)
         else:

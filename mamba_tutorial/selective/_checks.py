@@ -117,7 +117,7 @@ def _numba_works() -> bool:
 
 
 def choose(x: Tensor) -> str:
-    """Return the fastest backend that computes in the dtype of x, on its device."""
+    """Return the fastest backend for x, or two of which `in_numba` chooses when it is needed."""
     if x.dtype != torch.float64:
         if x.is_cuda and HAS_TRITON:
             return "triton"

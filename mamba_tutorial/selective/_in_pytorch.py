@@ -8,7 +8,7 @@ from mamba_tutorial.discretize import exprel, exprel_slope
 from mamba_tutorial.scan import linear_scan
 from mamba_tutorial.selective._token import advance, discrete, skip_and_gate, step_size
 
-KEPT = 32  # tokens between two states that are kept for the backward pass on a CPU
+KEPT = 32  # tokens between two states that are kept for the backward pass, here and by Numba
 # Numbers of (batch, tokens, d_inner, d_state) that are held at a time.
 CHUNK_NUMBERS = 1 << 20
 

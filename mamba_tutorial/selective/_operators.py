@@ -1,8 +1,8 @@
 """The scan, its gradients, its end and its step as PyTorch's operators.
 
-The arguments of the scan, all positional, are those of `selective_scan` up to h0, then `begins`,
-its starts, softplus, exact, whether to keep some states for the gradient, and the backend. Where a
-sequence begins, the decay is zero, which is all that it takes.
+The arguments of the scan, all positional, are the tensors of `selective_scan` up to h0, then
+`begins`, its starts, softplus, exact, whether to keep some states for the gradient, and the
+backend. Where a sequence begins, the decay is zero, which is all that it takes.
 """
 
 from collections.abc import Callable

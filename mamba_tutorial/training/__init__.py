@@ -90,7 +90,7 @@ def train(
         bar = tqdm(total=steps, initial=len(record.losses), desc=name, **bar_settings())
         try:
             run.milestone(evaluate, every)  # for the score that an interrupted run still owes
-            while len(record.losses) < steps and not reached(record, stop_at):
+            while len(record.losses) < steps and not _reached(record, stop_at):
                 bar.set_postfix(loss=f"{run.update(batches):.3g}", refresh=False)
                 bar.update()
                 run.milestone(evaluate, every)
@@ -186,5 +186,5 @@ def _check_arguments(
         raise TypeError(f"name is {kind_of(name)}, expected a string")
 
 
-def reached(record: Record, stop_at: float) -> bool:
+def _reached(record: Record, stop_at: float) -> bool:
     return bool(record.scores) and record.scores[-1][1] >= stop_at
