@@ -139,7 +139,7 @@ def explained(doc: str, module: str) -> list[nodes.Node]:
         module: where it stands, so that the names in it are known.
     """
     found = []
-    for block in re.split(r"\n\s*\n", doc.strip("\n")):
+    for block in filter(None, re.split(r"\n\s*\n", doc.strip("\n"))):
         if head := SECTION.match(block):
             found.append(nodes.rubric("", HEADS[head[1]]))
             found += section_body(head[1], block[head.end() :], module)
