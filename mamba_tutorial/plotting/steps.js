@@ -11,7 +11,9 @@ const show = (k, wide) => {
       add("rect", {x: x(place) + (i - places / 2) * cell, y: y, width: cell - 1, height: 20,
         class: held ? (changed(place) ? "new" : "held") : ""});
     }
-    add("text", {x: x(place), y: y + 37}, name([first, stop]));
+    // the longest name, on a narrow screen, stays inside at both ends
+    const middle = first === stop ? Math.min(Math.max(x(place), 28), wide - 28) : x(place);
+    add("text", {x: middle, y: y + 37}, name([first, stop]));
   });
   const step = data.steps[k], before = data.steps[Math.max(0, k - 1)];
   const moved = (place) => k && String(step.intervals[place]) !== String(before.intervals[place]);
