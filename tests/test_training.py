@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -61,6 +62,28 @@ def test_it_learns():
     assert record.scores[-1][1] > 0.9
     assert len(record.losses) == 200
     assert record.losses[-1] < record.losses[0]
+
+
+def rates(schedule):
+    """The learning rate of each of 20 steps, as the optimizer has it."""
+    seen, step = [], torch.optim.AdamW.step
+
+    def watched(self, *given, **others):
+        seen.append(self.param_groups[0]["lr"])
+        return step(self, *given, **others)
+
+    with mock.patch.object(torch.optim.AdamW, "step", watched):
+        train(model(), batches, steps=20, lr=0.1, schedule=schedule)
+    return seen
+
+
+def test_the_rate_rises_and_falls_or_is_constant():
+    found = rates("cycle")
+    assert [*found[:3], found[11]] == pytest.approx([0.05, 0.1, 0.1, 0.05])
+    assert 0 < found[-1] < 0.001
+    assert rates("constant") == [0.1] * 20
+    with pytest.raises(ValueError, match="schedule is 'cosine', expected one of 'cycle', 'cons"):
+        train(model(), batches, steps=1, schedule="cosine")
 
 
 def test_a_seed_fixes_everything():

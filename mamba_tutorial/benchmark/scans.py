@@ -173,13 +173,15 @@ def _side_by_side(given: Sequence[Tensor]) -> Row:
 
 
 def starts() -> Iterator[Row]:
-    """What it costs to read sequences in a row, one every 512 tokens: with starts and without.
+    """What it costs to read sequences in a row: one every 512 tokens, or just one, but not known.
 
-    One row for both, bfloat16, 16 states, gate, bias and softplus; times in turns, the median of
-    five each. Before each, all of the output and all gradients are compared with float64.
+    A row has both, with starts and without: bfloat16, 16 states, gate, bias and softplus; times in
+    turns, the median of five each. Before each, all of the output and all gradients are compared with float64.
     """
-    for batch, length, d_inner in ((8, 2048, 2048), (1, 65536, 2048)):
-        row = {"batch": batch, "length": length, "d_inner": d_inner, "every": 512}
+    sizes = (8, 2048, 2048), (1, 65536, 2048)
+    for (batch, length, d_inner), alone in product(sizes, (False, True)):
+        every = length if alone else 512
+        row = {"batch": batch, "length": length, "d_inner": d_inner, "every": every}
         yield attempt(row, partial(_in_turns, *row.values()))
 
 

@@ -57,6 +57,7 @@ EXPERIMENTS = {name: made for room in _ROOMS for name, made in room.EXPERIMENTS.
 # rooms with more than configurations, by the task
 _OF_TASK = {
     "digits": digits,
+    "selective_copying": gates,
     "induction_heads": induction,
     "associative_recall": recall,
     "copying": recall,
@@ -109,16 +110,18 @@ def _run(configuration: dict, name: str, lr: float, seed: int, checkpoint: Path 
     source = _source(configuration, name, device)
     fixed = configuration["task"] in ("digits", "text")  # which have a part that is held out
     generator = torch.Generator(device).manual_seed(2**31 + seed)
-    test = source(None if fixed else configuration.get("tested", TESTED), generator)
+    size = None if fixed else configuration.get("tested", TESTED)
+    test = source(size, generator, **configuration.get("tested_on", {}))
     steps, score = configuration["steps"], getattr(room, "score", accuracy_in_parts)
     record = train(
         model,
         _batches(source, configuration["batch"], device),
         steps=steps,
         lr=lr,
+        schedule=configuration.get("schedule", "cycle"),
         seed=seed,
         evaluate=lambda model: score(model, *test),
-        every=max(1, steps // EVALUATIONS),
+        every=max(1, steps // configuration.get("evaluations", EVALUATIONS)),
         stop_at=configuration.get("stop_at", float("inf")),
         checkpoint=checkpoint,
         graph=device == "cuda" and configuration.get("graph", False),

@@ -1,10 +1,22 @@
 """Selective copying as in Table 1 of the Mamba paper: gates around a memory, fixed or selective.
 
 The paper's task is 4096 tokens long, with 16 of them to remember, and its models have two layers of
-width 64; so here in "gates_long", for the Mamba block alone. "gates" has all six cells at a
-sixteenth of the length. The paper's learning rate is constant, 1e-4, for up to 400,000 steps; here
-it rises and falls, the steps are fewer, and a run ends when all is right.
+width 64. Its learning rate is constant, 1e-4, for up to 400,000 steps.
+
+- "gates" has all six cells at a sixteenth of the length. The learning rate rises and falls, the
+  steps are fewer, and a run ends when all is right; so, too, in what follows but for "gates_paper".
+- "gates_mixed" has them at the paper's length, but trained on shorter ones, too: each batch draws
+  one, from that of "gates" to the paper's. Afterwards they are tested at each, and beyond.
+- "gates_long" has the Mamba block trained at the paper's length alone.
+- "gates_paper" has the paper's length and learning rate, and the Mamba that the rest of this
+  package uses. It differs from `GatedLayer` in its start: its embeddings, which are its decoder as
+  well, are fifty times smaller, and the decoder has a norm before it.
 """
+
+import torch
+from torch import nn
+
+from mamba_tutorial.training import accuracy
 
 
 def _cells(gates: tuple[str, ...]) -> dict:
@@ -51,4 +63,59 @@ EXPERIMENTS = {
         "quick": {"data": 3, "noise": 9, "vocab": 6, "steps": 250, "batch": 32, "tested": 256},
         "models": _cells(("Mamba",)),
     },
+    "gates_mixed": {
+        "task": "selective_copying",
+        "data": 16,
+        "noise": [240, 496, 1008, 2032, 4080],
+        "vocab": 16,
+        "batch": 64,
+        "steps": 8000,
+        "tested": 512,
+        "tested_on": {"noise": 4080},
+        "learning_rates": [3e-3],
+        "seeds": [0, 1, 2],
+        "noises": [240, 496, 1008, 2032, 4080, 8176, 16368],
+        "quick": {
+            "data": 3,
+            "noise": [5, 9, 17],
+            "vocab": 6,
+            "steps": 250,
+            "batch": 32,
+            "tested": 256,
+            "tested_on": {"noise": 17},
+            "noises": [5, 17],
+        },
+        "models": _cells(("none", "H3", "Mamba")),
+    },
+    "gates_paper": {
+        "task": "selective_copying",
+        "data": 16,
+        "noise": 4080,
+        "vocab": 16,
+        "batch": 64,
+        "steps": 400_000,
+        "stop_at": 0.9999,
+        "tested": 512,
+        "evaluations": 200,
+        "learning_rates": [1e-4],
+        "schedule": "constant",
+        "seeds": [0],
+        "graph": True,
+        "precision": "high",
+        "quick": {"data": 3, "noise": 9, "vocab": 6, "steps": 250, "batch": 32, "tested": 256},
+        "models": {"Mamba": {"model": "Mamba", "d_model": 64, "n_layer": 2}},
+    },
 }
+
+
+def measure(configuration: dict, name: str, model: nn.Module, source, generator) -> dict:
+    """Return the accuracy at each number of noise tokens that the configuration names."""
+    found = {}
+    for noise in configuration.get("noises", ()):
+        hits = []
+        for _ in range(8):  # so that a GPU has room for them
+            inputs, targets = source(configuration["tested"] // 8, generator, noise=noise)
+            with torch.no_grad():
+                hits.append(accuracy(model, inputs, targets))
+        found[str(noise)] = round(sum(hits) / len(hits), 5)
+    return {"noises": found} if found else {}

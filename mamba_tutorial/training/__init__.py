@@ -10,16 +10,17 @@ import platform
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mamba_tutorial._check import check_flag, check_length, check_number, precise
+from mamba_tutorial._check import check_choice, check_flag, check_length, check_number, precise
 from mamba_tutorial.training._checks import check_targets, kind_of, wrong_targets
 from mamba_tutorial.training._files import alone, file_place
 from mamba_tutorial.training._progress import bar_settings
-from mamba_tutorial.training._run import Batches, GraphedStep, Record, Run
+from mamba_tutorial.training._run import SCHEDULES, Batches, GraphedStep, Record, Run
 
 __all__ = ["Record", "accuracy", "environment", "parameter_groups", "train"]
 
@@ -31,6 +32,7 @@ def train(
     steps: int,
     lr: float = 1e-3,
     weight_decay: float = 0.0,
+    schedule: Literal["cycle", "constant"] = "cycle",
     seed: int = 0,
     evaluate: Callable[[nn.Module], float] | None = None,
     every: int = 100,
@@ -39,15 +41,17 @@ def train(
     graph: bool = False,
     name: str = "training",
 ) -> Record:
-    """Train a model with AdamW, a warm-up and a cosine; return the record of the run.
+    """Train a model with AdamW, mostly with a warm-up and a cosine; return the record of the run.
 
     Args:
         model: maps inputs to logits (..., classes).
         batches: called with a generator for each step; returns inputs and targets (...), where a
             target of `tasks.IGNORE` is not scored.
         steps: the number of updates.
-        lr: the highest learning rate; it rises for a tenth of the steps and falls to zero.
+        lr: the highest learning rate.
         weight_decay: of AdamW, for the parameters that `parameter_groups` lets decay.
+        schedule: "cycle", where the learning rate rises along a line for a tenth of the steps and
+            falls along a cosine to zero; or "constant".
         seed: of the batches and of whatever is random in the model's forward pass.
         evaluate: returns a score of the model, higher is better; called every `every` steps and at
             the end, in evaluation mode and without gradients.
@@ -73,11 +77,13 @@ def train(
         OSError: the checkpoint cannot be written.
     """
     steps, every = check_length(steps, name="steps"), check_length(every, name="every")
+    check_choice("schedule", schedule, SCHEDULES)
     _check_arguments(model, batches, evaluate, stop_at, graph, name)
     settings = {
         "steps": steps,
         "lr": float(check_number("lr", lr, least=0)),
         "weight_decay": float(check_number("weight_decay", weight_decay, least=0)),
+        "schedule": schedule,
         "seed": check_number("seed", check_length(seed, name="seed", least=-(2**63)), below=2**64),
     }
     optimizer = _optimizer(model, settings, graph)

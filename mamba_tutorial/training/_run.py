@@ -148,7 +148,8 @@ class Run:
     def set_rate(self) -> None:
         """Set the learning rate of the step that comes, where a graph reads it in its place."""
         settings = self.record.settings
-        rate = settings["lr"] * one_cycle(settings["steps"])(len(self.record.losses))
+        factor = SCHEDULES[settings["schedule"]](settings["steps"])
+        rate = settings["lr"] * factor(len(self.record.losses))
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
@@ -337,3 +338,7 @@ def one_cycle(steps: int) -> Callable[[int], float]:
     return lambda k: (
         (k + 1) / rise if k < rise else 0.5 * (1 + math.cos(math.pi * (k - rise) / fall))
     )
+
+
+# the learning rate's factor for all steps, given how many there will be
+SCHEDULES = {"cycle": one_cycle, "constant": lambda steps: lambda k: 1.0}

@@ -60,6 +60,27 @@ def marks(begins_ptr, batch, length):
 
 
 @gluon.jit
+def reaching(begins_ptr, batch, length, begin, end, REVERSE: gl.constexpr):
+    """As `forward_in_triton.reaching`; begins as in `forward`."""
+    WORDS: gl.constexpr = 128 * gl.num_warps()
+    LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    words_ptr = marks(begins_ptr, batch, length).to(gl.pointer_type(gl.int32))
+    stop = gl.minimum(gl.cdiv(end, 4), gl.cdiv(length, 16) * 4)
+    none = end // 4 if REVERSE else begin // 4
+    found = gl.full([WORDS], 0, gl.int32, LAYOUT) + none
+    for first in range(begin // 4, stop, WORDS):
+        word = first + gl.arange(0, WORDS, layout=LAYOUT)
+        starts = gl.load(words_ptr + word, word < stop, 0) != 0
+        here = gl.where(starts, word, none)
+        found = gl.minimum(found, here) if REVERSE else gl.maximum(found, here)
+    if REVERSE:
+        end = gl.minimum(end, gl.min(found, 0) // 4 * 16 + 16)
+    else:
+        begin = gl.max(found, 0) // 4 * 16
+    return begin, end
+
+
+@gluon.jit
 def step_size(dt, inside, SOFTPLUS: gl.constexpr):
     """Return Δ, zero where there is no token: then the decay is 1 and the input 0."""
     return gl.where(inside, softplus(dt) if SOFTPLUS else dt, 0.0)
@@ -321,6 +342,8 @@ def ends(
             begin, end = end, gl.minimum(begin + share, (chunks - 1) * chunk)
         if REVERSE:
             begin, end = chunks * chunk - end, chunks * chunk - begin
+        if begins_ptr is not None:
+            begin, end = reaching(begins_ptr, batch, length, begin, end, REVERSE)
         first, tokens = begin.to(gl.int64), gl.minimum(end, length) - begin
         tiles = gl.cdiv(tokens, TILE)
         ptrs = (

@@ -53,6 +53,31 @@ def marks(begins_ptr, batch, length, first, row, k, inside):
 
 
 @triton.jit
+def reaching(begins_ptr, batch, length, begin, end, REVERSE: tl.constexpr):
+    """Return the part of the tokens [begin, end), or a little more, that what is beyond can notice.
+
+    Forwards that is what is after them, and nothing reaches it from before the last start among
+    them; in reverse it is what is before them, and nothing reaches it from after the first. All
+    in whole 16 tokens. begins: as `marks` takes it.
+    """
+    WORDS: tl.constexpr = 512
+    begins_ptr += batch * (tl.cdiv(length, 16) * 4)
+    stop = tl.minimum(tl.cdiv(end, 4), tl.cdiv(length, 16) * 4)
+    none = end // 4 if REVERSE else begin // 4
+    found = tl.full([WORDS], 0, tl.int32) + none
+    for first in range(begin // 4, stop, WORDS):
+        word = first + tl.arange(0, WORDS)
+        starts = tl.load(begins_ptr + word, word < stop, 0) != 0
+        here = tl.where(starts, word, none)
+        found = tl.minimum(found, here) if REVERSE else tl.maximum(found, here)
+    if REVERSE:
+        end = tl.minimum(end, tl.min(found, 0) // 4 * 16 + 16)
+    else:
+        begin = tl.max(found, 0) // 4 * 16
+    return begin, end
+
+
+@triton.jit
 def exprel(z, exp):
     """(e^z − 1)/z, near 0 by its series Σ z^k/(k+1)!, where the difference would cancel."""
     near = tl.abs(z) < 0.6
@@ -163,7 +188,8 @@ def ends(
 
     Forwards u = x, V = B and h ← a h + Δ u V, for the first `kept` chunks. In reverse u = dy, V = C
     and G ← a (G + u silu(z) V), the gradient of the state before; for the last `kept`. Where a
-    sequence begins in between, nothing goes through, and ΣΔ is below CLOSED.
+    sequence begins in between, nothing goes through, and ΣΔ is below CLOSED. So then only a part of
+    the chunk is gone through (`reaching`).
 
     The states do not meet, so a program takes BLOCK_N of them: its number along the second axis.
 
@@ -191,6 +217,8 @@ def ends(
             begin, end = end, tl.minimum(begin + share, kept * chunk)
         if REVERSE:
             begin, end = chunks * chunk - end, chunks * chunk - begin
+        if begins_ptr is not None:
+            begin, end = reaching(begins_ptr, batch, length, begin, end, REVERSE)
         first = begin.to(tl.int64)
         u_row_ptr = u_ptr + batch * u_batch + first * u_row
         dt_row_ptr = dt_ptr + batch * dt_batch + first * dt_row
