@@ -20,7 +20,7 @@ TINY = {**EXPERIMENTS["wall"], "steps": 2, "batch": 2, "seeds": [0, 1], "learnin
 RECORDED = [name for name in EXPERIMENTS if (RESULTS / f"experiment_{name}.json").exists()]
 
 # runs that are still to be made, on a GPU: the same command goes on with them
-UNFINISHED = Counter()
+UNFINISHED = Counter(gates_paper=3)
 
 
 def test_what_the_chapters_draw_is_recorded():
@@ -37,6 +37,8 @@ def test_the_recorded_runs_are_all_runs_of_the_configuration(name):
         assert done == EXPERIMENTS[name]["steps"] or score >= EXPERIMENTS[name]["stop_at"]
         model = experiments.build(EXPERIMENTS[name], run["model"], run["seed"])
         assert run["parameters"] == sum(p.numel() for p in model.parameters())
+    for run in record.get("unfinished", []):
+        assert run["scores"][-1][0] < EXPERIMENTS[name]["steps"]
     assert len(EXPERIMENTS[name]["seeds"]) >= 3 or name == "gates_long"  # a demonstration
 
 
@@ -82,6 +84,33 @@ def test_an_interrupted_experiment_runs_only_what_is_missing(tiny, tmp_path, mon
     ]
     assert len(started) == 5
     assert shown[0].split()[:4] == ["wall", "mean", "least", "largest"]
+
+
+def test_a_record_says_how_far_an_interrupted_run_has_come(tiny, tmp_path, monkeypatch):
+    """One that is kept on the way, as those on a GPU are."""
+    for key, value in {"graph": True, "steps": 4, "evaluations": 4}.items():
+        monkeypatch.setitem(tiny, key, value)
+    arguments = ["wall", "--quick", "--out", str(tmp_path)]
+    path, score = tmp_path / "experiment_wall_quick.json", experiments.accuracy_in_parts
+    scored = []
+
+    def stops_at_the_third(*given):
+        scored.append(1)
+        if len(scored) == 3:
+            raise KeyboardInterrupt
+        return score(*given)
+
+    monkeypatch.setattr(experiments, "accuracy_in_parts", stops_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        experiments.main(arguments)
+    (begun,) = json.loads(path.read_text())["unfinished"]
+    assert [step for step, _ in begun["scores"]] == [1, 2]
+    assert (begun["model"], begun["lr"], begun["seed"]) == ("S4D, 1 layer", 1e-3, 0)
+    experiments.main(arguments, lambda shown: None)
+    record = json.loads(path.read_text())
+    assert "unfinished" not in record
+    assert record["runs"][0]["scores"][:2] == begun["scores"]
+    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_another_configuration_is_not_mixed_in(tiny, tmp_path):
@@ -135,6 +164,8 @@ def test_the_best_learning_rate_is_one_for_all_seeds():
 VERDICT = [
     "gates",
     "gates_long",
+    "gates_mixed",
+    "gates_paper",
     "induction",
     "induction_small",
     "recall",
@@ -164,6 +195,8 @@ def test_every_model_trains_in_the_quick_form(name, model):
     assert result["model"] == model
     if "lengths" in configuration:
         assert set(result["lengths"]) == set(map(str, configuration["lengths"]))
+    for noise in configuration.get("noises", []):
+        assert 0 <= result["noises"][str(noise)] <= 1
     for pairs, length in configuration.get("tests", []):
         assert 0 <= result[f"{pairs}, {length}"] <= 1
 

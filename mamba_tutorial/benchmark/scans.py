@@ -176,7 +176,8 @@ def starts() -> Iterator[Row]:
     """What it costs to read sequences in a row: one every 512 tokens, or just one, but not known.
 
     A row has both, with starts and without: bfloat16, 16 states, gate, bias and softplus; times in
-    turns, the median of five each. Before each, all of the output and all gradients are compared with float64.
+    turns, the median of five each. Before each, all of the output and all gradients are compared
+    with float64.
     """
     sizes = (8, 2048, 2048), (1, 65536, 2048)
     for (batch, length, d_inner), alone in product(sizes, (False, True)):

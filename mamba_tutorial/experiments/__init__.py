@@ -5,7 +5,8 @@ configuration is plain data, `EXPERIMENTS`; its record, one JSON file in `book/r
 configuration, the command, versions and hardware, and of each run the scores on the way and the
 time, and what of versions and hardware was not as for the first. The record is written after each
 run, and a run that it holds already is not run again: stop it at any time, and start it again with
-the same command. Runs that are meant for a GPU ("graph") are kept on the way, too.
+the same command. Runs that are meant for a GPU ("graph") are kept on the way, too, and how far they
+have come is in the record as "unfinished".
 
 Each room of this package has the configurations of its experiments; some have batches and a score
 of their own, or measure more after the training.
@@ -39,7 +40,7 @@ from mamba_tutorial.experiments import (
     wall,
 )
 from mamba_tutorial.experiments.models import random_eigenvalues
-from mamba_tutorial.training import accuracy, environment, train
+from mamba_tutorial.training import Record, accuracy, environment, train
 
 __all__ = [
     "EXPERIMENTS",
@@ -127,14 +128,7 @@ def _run(configuration: dict, name: str, lr: float, seed: int, checkpoint: Path 
         graph=device == "cuda" and configuration.get("graph", False),
         name=f"{name}, {lr:g}, seed {seed}",
     )
-    result = {
-        "model": name,
-        "lr": lr,
-        "seed": seed,
-        "parameters": record.parameters,
-        "scores": [[step, round(score, 5)] for step, score in record.scores],
-        "seconds": round(record.seconds, 1),
-    }
+    result = _summary(name, lr, seed, record)
     if hasattr(room, "measure"):
         result |= room.measure(configuration, name, model.eval(), source, generator)
     return result
@@ -216,12 +210,42 @@ def complete(name: str, path: Path, configuration: dict, command: str, jobs: int
     here = environment()
     other = {key: here[key] for key in here if here[key] != record["environment"].get(key)}
     todo = list(missing(configuration, record["runs"]))
-    for result in tqdm(_results(configuration, todo, jobs, path), total=len(todo), desc=name):
-        record["runs"].append(result | ({"environment": other} if other else {}))
-        draft = path.with_suffix(".part")
-        draft.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        draft.replace(path)
+    try:
+        for result in tqdm(_results(configuration, todo, jobs, path), total=len(todo), desc=name):
+            record["runs"].append(result | ({"environment": other} if other else {}))
+            _write(record, path)
+    finally:
+        record.pop("unfinished", None)
+        if unfinished := list(_unfinished(configuration, record["runs"], path)):
+            record["unfinished"] = unfinished
+        _write(record, path)
     return record
+
+
+def _write(record: dict, path: Path) -> None:
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    draft.replace(path)
+
+
+def _unfinished(configuration: dict, runs: list[dict], path: Path) -> Iterator[dict]:
+    """Yield how far the runs have come that were interrupted and are kept beside the record."""
+    for which in missing(configuration, runs):
+        checkpoint = _checkpoint(path, which)
+        if checkpoint.exists():
+            record = torch.load(checkpoint, map_location="cpu", weights_only=True)["record"]
+            yield _summary(*which, Record(**record))
+
+
+def _summary(name: str, lr: float, seed: int, record: Record) -> dict:
+    return {
+        "model": name,
+        "lr": lr,
+        "seed": seed,
+        "parameters": record.parameters,
+        "scores": [[step, round(score, 5)] for step, score in record.scores],
+        "seconds": round(record.seconds, 1),
+    }
 
 
 def _results(configuration: dict, todo: list[tuple], jobs: int, path: Path) -> Iterator[dict]:
@@ -256,11 +280,15 @@ def _kept(configuration: dict, path: Path, which: tuple[str, float, int]) -> dic
     """Return a run's result; one that takes minutes is kept in a file beside the record."""
     if not configuration.get("graph"):
         return run(configuration, *which)
-    words = re.sub(r"[^\w.]+", "_", "_".join(map(str, which)))
-    checkpoint = path.with_name(f"{path.stem}_{words}.pt")
+    checkpoint = _checkpoint(path, which)
     result = run(configuration, *which, checkpoint)
     checkpoint.unlink()
     return result
+
+
+def _checkpoint(path: Path, which: tuple[str, float, int]) -> Path:
+    words = re.sub(r"[^\w.]+", "_", "_".join(map(str, which)))
+    return path.with_name(f"{path.stem}_{words}.pt")
 
 
 def best_runs(record: dict) -> dict[str, list[dict]]:

@@ -125,11 +125,11 @@ def _pairs(tensors, HALF: gl.constexpr):
 
 @gluon.jit
 def stack(tensors, COUNT: gl.constexpr):
-    """Put COUNT tensors, 2 to 32 and a power of two, side by side along new last axes of size 2.
+    """Put COUNT tensors, 2 to 16 and a power of two, side by side along new last axes of size 2.
 
     Nothing moves: they lie in the registers of the same threads as before.
     """
-    for level in gl.static_range(5):
+    for level in gl.static_range(4):
         if COUNT >> (level + 1) > 0:
             tensors = _pairs(tensors, COUNT >> (level + 1))
     return tensors[0]
