@@ -20,7 +20,7 @@ TINY = {**EXPERIMENTS["wall"], "steps": 2, "batch": 2, "seeds": [0, 1], "learnin
 RECORDED = [name for name in EXPERIMENTS if (RESULTS / f"experiment_{name}.json").exists()]
 
 # runs that are still to be made, on a GPU: the same command goes on with them
-UNFINISHED = Counter(gates_paper=3)
+UNFINISHED = Counter(gates_paper=6)
 
 
 def test_what_the_chapters_draw_is_recorded():

@@ -215,13 +215,13 @@ def test_kernels_in_triton_read_a_row_on_a_gpu_too(size, monkeypatch):
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton exists for Linux only")
 @pytest.mark.parametrize("place", ["beside borders", "anywhere", "every token", "nowhere"])
-@pytest.mark.parametrize("length", [150, 500])
-def test_what_chunks_give_to_the_next(length, place, monkeypatch):
+@pytest.mark.parametrize(("length", "chunk"), [(150, 64), (500, 64), (2900, 2304)])
+def test_what_chunks_give_to_the_next(length, chunk, place, monkeypatch):
     """In Triton, joined as the kernels join it; `test_kernels` has the same in Gluon."""
     kernel = importlib.import_module("mamba_tutorial.kernels.selective_scan")
     monkeypatch.setattr(kernel, "_takes", lambda *given: False)
     given = {name: t.detach().float() for name, t in zip(NAMES, problem(length), strict=True)}
-    starts, chunk, before = marked(place, 1, length), 64, normal(1, 4, 3).float()
+    starts, before = marked(place, 1, length), normal(1, 4, 3).float()
     double = {name: t.double() for name, t in given.items()}
     options = {"dt_softplus": True, "return_last_state": True, "backend": "sequential"}
     x, dt, A, B, C, _, _, bias = given.values()

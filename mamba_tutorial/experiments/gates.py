@@ -10,13 +10,16 @@ width 64. Its learning rate is constant, 1e-4, for up to 400,000 steps.
   the paper's, at which it is tested. Afterwards it is tested at each, and beyond.
 - "gates_paper" has the paper's length and learning rate, and the Mamba that the rest of this
   package uses. It differs from `GatedLayer` in its start: its embeddings, which are its decoder as
-  well, are fifty times smaller, and the decoder has a norm before it.
+  well, are fifty times smaller, and the decoder has a norm before it. Beside it the same with Δ, B
+  and C that are the same for every token.
 """
 
 import torch
 from torch import nn
 
 from mamba_tutorial.training import accuracy
+
+_MAMBA = {"model": "Mamba", "d_model": 64, "n_layer": 2}
 
 
 def _cells(gates: tuple[str, ...]) -> dict:
@@ -111,7 +114,7 @@ EXPERIMENTS = {
             "tested": 256,
             "evaluations": 20,
         },
-        "models": {"Mamba": {"model": "Mamba", "d_model": 64, "n_layer": 2}},
+        "models": {"Mamba": _MAMBA, "Mamba, nothing selective": {**_MAMBA, "selective": []}},
     },
 }
 
