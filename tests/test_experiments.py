@@ -37,7 +37,9 @@ def test_the_recorded_runs_are_all_runs_of_the_configuration(name):
         assert done == EXPERIMENTS[name]["steps"] or score >= EXPERIMENTS[name]["stop_at"]
         model = experiments.build(EXPERIMENTS[name], run["model"], run["seed"])
         assert run["parameters"] == sum(p.numel() for p in model.parameters())
+    missing = list(experiments.missing(EXPERIMENTS[name], record["runs"]))
     for run in record.get("unfinished", []):
+        assert tuple(run[key] for key in experiments.RUN) in missing
         assert run["scores"][-1][0] < EXPERIMENTS[name]["steps"]
     assert len(EXPERIMENTS[name]["seeds"]) >= 3 or name == "gates_long"  # a demonstration
 
@@ -87,26 +89,32 @@ def test_an_interrupted_experiment_runs_only_what_is_missing(tiny, tmp_path, mon
 
 
 def test_a_record_says_how_far_an_interrupted_run_has_come(tiny, tmp_path, monkeypatch):
-    """One that is kept on the way, as those on a GPU are."""
+    """One that is kept on the way, as those on a GPU are; also where what is kept is missing."""
     for key, value in {"graph": True, "steps": 4, "evaluations": 4}.items():
         monkeypatch.setitem(tiny, key, value)
     arguments = ["wall", "--quick", "--out", str(tmp_path)]
-    path, score = tmp_path / "experiment_wall_quick.json", experiments.accuracy_in_parts
-    scored = []
+    path, score, scored = tmp_path / "experiment_wall_quick.json", experiments.accuracy_in_parts, []
 
-    def stops_at_the_third(*given):
+    def interrupted_twice(*given):
         scored.append(1)
-        if len(scored) == 3:
+        if len(scored) in {3, 5}:
             raise KeyboardInterrupt
         return score(*given)
 
-    monkeypatch.setattr(experiments, "accuracy_in_parts", stops_at_the_third)
+    monkeypatch.setattr(experiments, "accuracy_in_parts", interrupted_twice)
     with pytest.raises(KeyboardInterrupt):
         experiments.main(arguments)
     (begun,) = json.loads(path.read_text())["unfinished"]
     assert [step for step, _ in begun["scores"]] == [1, 2]
-    assert (begun["model"], begun["lr"], begun["seed"]) == ("S4D, 1 layer", 1e-3, 0)
+    assert [begun[key] for key in experiments.RUN] == ["S4D, 1 layer", 1e-3, 0]
+    (checkpoint,) = tmp_path.glob("*.pt")
+    elsewhere = checkpoint.rename(tmp_path / "elsewhere")
+    with pytest.raises(KeyboardInterrupt):  # after one score, which is less
+        experiments.main(arguments)
+    assert json.loads(path.read_text())["unfinished"] == [begun]
+    elsewhere.rename(checkpoint)
     experiments.main(arguments, lambda shown: None)
+    assert len(scored) == 5 + 2 + 3 * 4  # the first run goes on, three more are made
     record = json.loads(path.read_text())
     assert "unfinished" not in record
     assert record["runs"][0]["scores"][:2] == begun["scores"]
@@ -206,6 +214,8 @@ def test_every_model_trains_in_the_quick_form(name, model):
 def test_every_model_trains_as_a_graph(name, model):
     configuration = experiments.quick(EXPERIMENTS[name])
     few = {"steps": 3, "batch": 4, "tested": 4, "graph": True, "lengths": [16], "tests": []}
+    if isinstance(configuration.get("noise"), list):  # a graph has one length
+        few["noise"] = 9
     result = experiments.run({**configuration, **few}, model, 1e-3, 0)
     assert all(math.isfinite(score) for _, score in result["scores"])
 

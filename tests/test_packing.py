@@ -238,6 +238,34 @@ def test_what_chunks_give_to_the_next(length, chunk, place, monkeypatch):
     torch.testing.assert_close(h.mT, right, **near)
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton exists for Linux only")
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("language", ["triton", "gluon"])
+@pytest.mark.parametrize(("begin", "end"), [(0, 2304), (16, 2896), (2304, 4608), (64, 64)])
+def test_what_of_a_chunk_reaches_the_others(begin, end, language, reverse):
+    """Alone, since a chunk that is gone through as a whole would give the same, only later."""
+    if language == "gluon" and DEVICE == "cpu":
+        pytest.skip("Gluon has no interpreter")
+    kernel = getattr(importlib.import_module("parts_of_kernels"), f"reaching_in_{language}")
+    words = importlib.import_module("mamba_tutorial.kernels.selective_scan")._words
+    length = 2899
+    inside = [t for t in (begin, begin + 1, begin + 700, end - 1) if begin <= t < min(end, length)]
+    rows = [[], [begin - 1, end], inside, *([t] for t in inside)]
+    starts = torch.zeros(len(rows), length, dtype=torch.bool)
+    for row, places in zip(starts, rows, strict=True):
+        row[[t for t in places if 0 <= t < length]] = True
+    found = torch.empty(len(rows), 2, dtype=torch.int32, device=DEVICE)
+    kernel[(len(rows),)](words(starts.to(DEVICE)), found, length, begin, end, reverse, num_warps=1)
+    for (first, last), places in zip(found.tolist(), rows, strict=True):
+        places = [t for t in places if t in inside]
+        if not places:
+            assert (first, last) == (begin, end)
+        elif reverse:
+            assert (first, last) == (begin, min(end, min(places) // 16 * 16 + 16))
+        else:
+            assert (first, last) == (max(places) // 16 * 16, end)
+
+
 def test_a_state_before_counts_up_to_the_first_start():
     given, starts = problem(9, batch=2), torch.zeros(2, 9, dtype=torch.bool, device=DEVICE)
     starts[1, 4] = True

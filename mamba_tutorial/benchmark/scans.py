@@ -173,7 +173,7 @@ def _side_by_side(given: Sequence[Tensor]) -> Row:
 
 
 def starts() -> Iterator[Row]:
-    """What it costs to read sequences in a row: one every 512 tokens, or just one, but not known.
+    """What it costs to read sequences in a row: one every 512 tokens, or but one.
 
     A row has both, with starts and without: bfloat16, 16 states, gate, bias and softplus; times in
     turns, the median of five each. Before each, all of the output and all gradients are compared

@@ -67,6 +67,7 @@ _OF_TASK = {
     "text": language,
 }
 TESTED, EVALUATIONS = 2048, 20
+RUN = "model", "lr", "seed"  # what says which run it is
 TOKENS = 2**19  # of a test, at a time
 
 
@@ -185,7 +186,7 @@ def missing(configuration: dict, runs: list[dict]) -> Iterator[tuple[str, float,
 
     The first learning rate comes first with all its seeds: a record cut short compares seeds.
     """
-    done = {(run["model"], run["lr"], run["seed"]) for run in runs}
+    done = {tuple(run[key] for key in RUN) for run in runs}
     for lr in configuration["learning_rates"]:
         for seed in configuration["seeds"]:
             for name in configuration["models"]:
@@ -213,28 +214,31 @@ def complete(name: str, path: Path, configuration: dict, command: str, jobs: int
     try:
         for result in tqdm(_results(configuration, todo, jobs, path), total=len(todo), desc=name):
             record["runs"].append(result | ({"environment": other} if other else {}))
-            _write(record, path)
-    finally:
-        record.pop("unfinished", None)
-        if unfinished := list(_unfinished(configuration, record["runs"], path)):
-            record["unfinished"] = unfinished
-        _write(record, path)
+            _save(record, path)
+    except KeyboardInterrupt:
+        _save(record, path)
+        raise
     return record
 
 
-def _write(record: dict, path: Path) -> None:
+def _save(record: dict, path: Path) -> None:
+    """Write the record, and in it how far the runs have come that are kept beside it."""
+    begun = {tuple(one[key] for key in RUN): one for one in record.pop("unfinished", [])}
+    left = list(missing(record["configuration"], record["runs"]))
+    for which in left:
+        checkpoint = _checkpoint(path, which)
+        if checkpoint.exists():
+            kept = torch.load(checkpoint, map_location="cpu", weights_only=True)["record"]
+            here, first = kept["environment"], record["environment"]
+            other = {key: here[key] for key in here if here[key] != first.get(key)}
+            come = _summary(*which, Record(**kept)) | ({"environment": other} if other else {})
+            if which not in begun or len(come["scores"]) > len(begun[which]["scores"]):
+                begun[which] = come
+    if unfinished := [begun[which] for which in left if which in begun]:
+        record["unfinished"] = unfinished
     draft = path.with_suffix(".part")
     draft.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     draft.replace(path)
-
-
-def _unfinished(configuration: dict, runs: list[dict], path: Path) -> Iterator[dict]:
-    """Yield how far the runs have come that were interrupted and are kept beside the record."""
-    for which in missing(configuration, runs):
-        checkpoint = _checkpoint(path, which)
-        if checkpoint.exists():
-            record = torch.load(checkpoint, map_location="cpu", weights_only=True)["record"]
-            yield _summary(*which, Record(**record))
 
 
 def _summary(name: str, lr: float, seed: int, record: Record) -> dict:

@@ -1,20 +1,20 @@
 """Selective copying as in Table 1 of the Mamba paper: gates around a memory, fixed or selective.
 
 The paper's task is 4096 tokens long, with 16 of them to remember, and its models have two layers of
-width 64. Its learning rate is constant, 1e-4, for up to 400,000 steps.
+width 64. Its learning rate is constant, 1e-4, for 400,000 steps; here, but for "gates_paper", it
+rises and falls, and the steps are fewer. But for "gates_mixed", a run ends when all is right.
 
-- "gates" has all six cells at a sixteenth of the length. The learning rate rises and falls, the
-  steps are fewer, and a run ends when all is right; so, too, in what follows but for "gates_paper".
+- "gates" has all six cells at a sixteenth of the length.
 - "gates_long" has the Mamba block at the paper's length.
 - "gates_mixed" has it trained on shorter ones, too: each batch draws one, from that of "gates" to
   the paper's, at which it is tested. Afterwards it is tested at each, and beyond.
 - "gates_paper" has the paper's length and learning rate, and the Mamba that the rest of this
-  package uses. It differs from `GatedLayer` in its start: its embeddings, which are its decoder as
-  well, are fifty times smaller, and the decoder has a norm before it. Beside it the same with Δ, B
-  and C that are the same for every token.
+  package uses. It differs from `GatedLayer` in its start, which is that of the authors' code: the
+  embeddings, which are its decoder as well, are fifty times smaller, the projections out of the
+  blocks √2 times; and there is a norm before the decoder. Matrices are multiplied in
+  TensorFloat-32. Beside it the same with Δ, B and C that are the same for every token.
 """
 
-import torch
 from torch import nn
 
 from mamba_tutorial.training import accuracy
@@ -126,8 +126,6 @@ def measure(configuration: dict, name: str, model: nn.Module, source, generator)
         hits = []
         for _ in range(8):  # so that a GPU has room for them
             size = max(1, configuration["tested"] // 8)
-            inputs, targets = source(size, generator, noise=noise)
-            with torch.no_grad():
-                hits.append(accuracy(model, inputs, targets))
+            hits.append(accuracy(model, *source(size, generator, noise=noise)))
         found[str(noise)] = round(sum(hits) / len(hits), 5)
     return {"noises": found} if found else {}

@@ -41,7 +41,7 @@ def train(
     graph: bool = False,
     name: str = "training",
 ) -> Record:
-    """Train a model with AdamW, mostly with a warm-up and a cosine; return the record of the run.
+    """Train a model with AdamW, by default with a warm-up and a cosine; return the run's record.
 
     Args:
         model: maps inputs to logits (..., classes).

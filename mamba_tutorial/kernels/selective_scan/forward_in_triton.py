@@ -57,8 +57,8 @@ def reaching(begins_ptr, batch, length, begin, end, REVERSE: tl.constexpr):
     """Return the part of the tokens [begin, end), or a little more, that what is beyond can notice.
 
     Forwards that is what is after them, and nothing reaches it from before the last start among
-    them; in reverse it is what is before them, and nothing reaches it from after the first. All
-    in whole 16 tokens. begins: as `marks` takes it.
+    them; in reverse it is what is before them, and nothing reaches it from after the first. Both
+    ends stay multiples of 16. begins: as `marks` takes it.
     """
     WORDS: tl.constexpr = 512
     begins_ptr += batch * (tl.cdiv(length, 16) * 4)
