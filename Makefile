@@ -51,7 +51,7 @@ test-lab: $(READY)  ## run every notebook in JupyterLab, in a browser (make test
 
 test-gpu: $(READY)  ## run the tests of the kernels and of the model on an NVIDIA GPU
 	@$(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" || { echo "PyTorch sees no GPU here"; exit 1; }
-	@$(BIN)/python -m pytest -n auto --maxprocesses 16 tests/test_kernels.py tests/test_lessons.py tests/test_mamba.py tests/test_generation.py tests/test_ops.py tests/test_training.py tests/test_packing.py tests/test_experiments.py tests/test_compat.py
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 16 tests/test_kernels.py tests/test_lessons.py tests/test_mamba.py tests/test_generation.py tests/test_ops.py tests/test_training.py tests/test_packing.py tests/test_experiments.py tests/test_compat.py
 
 .venv/bench: $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
