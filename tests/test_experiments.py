@@ -174,6 +174,7 @@ VERDICT = [
     "gates_long",
     "gates_mixed",
     "gates_paper",
+    "gates_tied",
     "induction",
     "induction_small",
     "recall",

@@ -13,6 +13,8 @@ rises and falls, and the steps are fewer. But for "gates_mixed", a run ends when
   embeddings, which are its decoder as well, are fifty times smaller, the projections out of the
   blocks √2 times; and there is a norm before the decoder. Matrices are multiplied in
   TensorFloat-32. Beside it the same with Δ, B and C that are the same for every token.
+- "gates_tied" asks on a CPU, at a length of 260, what it does that the decoder is the embeddings,
+  and how much the seed does.
 """
 
 from torch import nn
@@ -89,6 +91,20 @@ EXPERIMENTS = {
             "noises": [5, 17],
         },
         "models": _cells(("Mamba",)),
+    },
+    "gates_tied": {
+        "task": "selective_copying",
+        "data": 4,
+        "noise": 252,
+        "vocab": 16,
+        "batch": 32,
+        "steps": 2000,
+        "tested": 256,
+        "learning_rates": [1e-3],
+        "schedule": "constant",
+        "seeds": [0, 1, 2],
+        "quick": {"noise": 12, "steps": 250},
+        "models": {"tied": _MAMBA, "untied": {**_MAMBA, "tie_embeddings": False}},
     },
     "gates_paper": {
         "task": "selective_copying",
