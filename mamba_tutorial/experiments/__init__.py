@@ -208,17 +208,22 @@ def complete(name: str, path: Path, configuration: dict, command: str, jobs: int
         if found["configuration"] != configuration:
             raise ValueError(f"{path} records another configuration; move it, or choose --out")
         record = found
-    here = environment()
-    other = {key: here[key] for key in here if here[key] != record["environment"].get(key)}
+    other = _elsewhere(record, environment())
     todo = list(missing(configuration, record["runs"]))
     try:
         for result in tqdm(_results(configuration, todo, jobs, path), total=len(todo), desc=name):
-            record["runs"].append(result | ({"environment": other} if other else {}))
+            record["runs"].append(result | other)
             _save(record, path)
     except KeyboardInterrupt:
         _save(record, path)
         raise
     return record
+
+
+def _elsewhere(record: dict, here: dict) -> dict:
+    """Return under "environment" what of it is not as for the record's first run, if anything."""
+    other = {key: here[key] for key in here if here[key] != record["environment"].get(key)}
+    return {"environment": other} if other else {}
 
 
 def _save(record: dict, path: Path) -> None:
@@ -229,9 +234,7 @@ def _save(record: dict, path: Path) -> None:
         checkpoint = _checkpoint(path, which)
         if checkpoint.exists():
             kept = torch.load(checkpoint, map_location="cpu", weights_only=True)["record"]
-            here, first = kept["environment"], record["environment"]
-            other = {key: here[key] for key in here if here[key] != first.get(key)}
-            come = _summary(*which, Record(**kept)) | ({"environment": other} if other else {})
+            come = _summary(*which, Record(**kept)) | _elsewhere(record, kept["environment"])
             if which not in begun or len(come["scores"]) > len(begun[which]["scores"]):
                 begun[which] = come
     if unfinished := [begun[which] for which in left if which in begun]:

@@ -1,13 +1,17 @@
 """Selective copying as in Table 1 of the Mamba paper: gates around a memory, fixed or selective.
 
 The paper's task is 4096 tokens long, with 16 of them to remember, and its models have two layers of
-width 64. Its learning rate is constant, 1e-4, for 400,000 steps; here, but for "gates_paper", it
-rises and falls, and the steps are fewer. But for "gates_mixed", a run ends when all is right.
+width 64. Its learning rate is constant, 1e-4, for 400,000 steps.
+
+In the first three the learning rate rises and falls, and the steps are fewer:
 
 - "gates" has all six cells at a sixteenth of the length.
 - "gates_long" has the Mamba block at the paper's length.
 - "gates_mixed" has it trained on shorter ones, too: each batch draws one, from that of "gates" to
   the paper's, at which it is tested. Afterwards it is tested at each, and beyond.
+
+In the others it is constant:
+
 - "gates_paper" has the paper's length and learning rate, and the Mamba that the rest of this
   package uses. It differs from `GatedLayer` in its start, which is that of the authors' code: the
   embeddings, which are its decoder as well, are fifty times smaller, the projections out of the
@@ -22,6 +26,7 @@ from torch import nn
 from mamba_tutorial.training import accuracy
 
 _MAMBA = {"model": "Mamba", "d_model": 64, "n_layer": 2}
+_QUICK = {"data": 3, "noise": 9, "vocab": 6, "steps": 250, "batch": 32, "tested": 256}
 
 
 def _cells(gates: tuple[str, ...]) -> dict:
@@ -50,7 +55,7 @@ EXPERIMENTS = {
         "learning_rates": [1e-3, 3e-3],
         "seeds": [0, 1, 2],
         "graph": True,
-        "quick": {"data": 3, "noise": 9, "vocab": 6, "steps": 250, "batch": 32, "tested": 256},
+        "quick": _QUICK,
         "models": _cells(("none", "H3", "Mamba")),
     },
     "gates_long": {
@@ -65,7 +70,7 @@ EXPERIMENTS = {
         "learning_rates": [3e-3, 1e-3, 3e-4],
         "seeds": [0],
         "graph": True,
-        "quick": {"data": 3, "noise": 9, "vocab": 6, "steps": 250, "batch": 32, "tested": 256},
+        "quick": _QUICK,
         "models": _cells(("Mamba",)),
     },
     "gates_mixed": {
@@ -81,12 +86,8 @@ EXPERIMENTS = {
         "seeds": [0, 1, 2],
         "noises": [240, 496, 1008, 2032, 4080, 8176, 16368],
         "quick": {
-            "data": 3,
+            **_QUICK,
             "noise": [5, 9, 17],
-            "vocab": 6,
-            "steps": 250,
-            "batch": 32,
-            "tested": 256,
             "tested_on": {"noise": 17},
             "noises": [5, 17],
         },
@@ -121,15 +122,7 @@ EXPERIMENTS = {
         "seeds": [0, 1, 2],
         "graph": True,
         "precision": "high",
-        "quick": {
-            "data": 3,
-            "noise": 9,
-            "vocab": 6,
-            "steps": 250,
-            "batch": 32,
-            "tested": 256,
-            "evaluations": 20,
-        },
+        "quick": {**_QUICK, "evaluations": 20},
         "models": {"Mamba": _MAMBA, "Mamba, nothing selective": {**_MAMBA, "selective": []}},
     },
 }
